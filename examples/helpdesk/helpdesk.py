@@ -367,7 +367,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for line in range(int(seconds / TICK_SECONDS) + 1):
+        for line in range(round(seconds / TICK_SECONDS) + 1):
             data = json.dumps({"line": line, "ticks": agent.ticks, "nonce": agent.nonce}).encode() + b"\n"
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
             self.wfile.flush()
@@ -375,8 +375,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, format, *args):
-        """One line a request on stderr, without asking who the peer is."""
-        sys.stderr.write(f"{self.command} {self.path} {args[1] if len(args) > 1 else ''}\n")
+        """One short line a request on stderr."""
+        sys.stderr.write(f"{format % args}\n")
 
 
 def serve_hook(agent, path):

@@ -28,8 +28,13 @@ from os import _exit
 MAX_BODY_BYTES = 8 << 20
 
 NAME = re.compile(r"\b(?:my name is|this is|i am|i'm)\s+([A-Z][\w-]*)", re.IGNORECASE)
-ORDER = re.compile(r"\b(?:order|ticket|invoice)\s*(?:number|no\.?|#)?\s*(?:is\s*)?#?\s*([A-Z]*-?\d[\w-]*)", re.I)
-PRODUCT = re.compile(r"\bmy\s+(\w+(?:\s\w+)?)\s+(?:is|has|does|keeps|won't|will not|never)\b", re.IGNORECASE)
+ORDER = re.compile(
+    r"\b(?:order|ticket|invoice)\s*(?:number|no\.?|#)?\s*(?:is\s*)?#?\s*([A-Z]*-?\d[\w-]*)", re.I
+)
+RECALL = re.compile(r"\b(?:ask|asked|say|said|tell|told|question)\b")
+PRODUCT = re.compile(
+    r"\bmy\s+(?!name\b|order\b|ticket\b|invoice\b)(\w+(?:\s\w+)?)\s+(?:is|has|does|keeps|won't|never)\b", re.I
+)
 
 
 def user_turns(messages):
@@ -60,7 +65,7 @@ def reply(messages):
         return "Hello, this is the help desk. What can I do for you?"
     now, before = turns[-1], turns[:-1]
     lower = now.lower()
-    if re.search(r"\b(first|earlier|before|at the start|begin)\b", lower) and re.search(r"\b(ask|say|said|tell|told|question)", lower):
+    if re.search(r"\b(first|earlier|before|at the start)\b", lower) and RECALL.search(lower):
         if not before:
             return "This is your first question; you asked nothing before it."
         return f'In turn 1 you said: "{before[0]}"'
