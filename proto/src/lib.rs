@@ -4,12 +4,14 @@
 //! Every seam between two processes is a service here, also where both run in one process on one machine. The
 //! comments on messages and fields in `proto/proto/` are the contract.
 #![forbid(unsafe_code)]
-#![allow(missing_docs, clippy::pedantic, clippy::all)]
+
+pub mod seam;
 
 /// Encoded `FileDescriptorSet` of all contracts, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 // The generated code refers to other packages by their path, so the modules nest as the packages do.
+#[allow(missing_docs, clippy::pedantic, clippy::all)]
 mod generated {
     pub mod substrate {
         pub mod v1 {
