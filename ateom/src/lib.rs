@@ -1,2 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! To be written.
+//! One worker slot.
+#![deny(unsafe_code)]
+
+pub mod cgroup;
+pub mod sys;
+
+pub use sys::boottime_ns;
