@@ -25,6 +25,13 @@ def tried(work):
         return repr(error)
 
 
+def states(lab, box):
+    """What runsc state says of a dead sandbox while its process is a zombie, and after."""
+    zombie = [lab.state(cid) for cid in box.all()]
+    lab.reap()
+    return {"before its process is reaped": zombie, "after": [lab.state(cid) for cid in box.all()]}
+
+
 def created_ahead(lab, rounds=10):
     """(b) What does a root created ahead save: cold boot, checkpoint and restore, step by step."""
     steps = {}
@@ -200,7 +207,7 @@ def order(lab):
     net.wait("/state", 10)
     image = lab.image()
     box.checkpoint(image)
-    out = {"states after a checkpoint that stops": [lab.state(cid) for cid in box.all()]}
+    out = {"states after a checkpoint that stops": states(lab, box)}
     box.destroy()
 
     def restore(plan, timeout=4):
@@ -408,8 +415,7 @@ def ends(lab):
     box.kill()
     time.sleep(0.3)
     out["sandbox killed"] = {
-        "state of the root": lab.state(box.id),
-        "state of the workload": lab.state(box.ids[0]),
+        **states(lab, box),
         "delete": tried(lambda: [lab.delete(cid)[0] for cid in reversed(box.all())]),
     }
     lab.undo(mark)
@@ -440,15 +446,61 @@ def failed_checkpoint(lab):
                 alive = repr(error)
             out[f"{case}, {mode[0] if mode else 'stop'}"] = {
                 "exit": code,
-                "says": text.strip()[-250:],
+                "says": next((line for line in text.splitlines() if line.strip()), "")[:250],
                 "still_serving": alive,
-                "states": [lab.state(cid) for cid in box.all()],
-                "checkpoint_again": lab.runsc("checkpoint", "--image-path", lab.image(), *mode, box.id, check=False)[0]
-                if alive is True
-                else "no",
             }
+            if alive is True and code != 0:
+                # Is the survivor whole? Checkpoint and restore it once more.
+                image = lab.image()
+                box.checkpoint(image)
+                box.destroy()
+                net.rebuild()
+                again = Sandbox(lab, net)
+                out[f"{case}, {mode[0] if mode else 'stop'}"]["checkpointed and restored afterwards"] = (
+                    again.restore(image)["nonce"] == nonce and net.get("/count")["count"] == 3
+                )
+                box = again
             box.destroy()
             lab.undo(mark)
+    return out
+
+
+def safe_suspend(lab):
+    """(g) Suspend that cannot lose memory: pause, checkpoint --leave-running, then kill or resume."""
+    mark = lab.mark()
+    net = Net(lab)
+    flags = ("--allow-live-tcp-migration=false",)
+    times = {"stop": [], "pause, leave running, kill": []}
+    counts = []
+    box = Sandbox(lab, net, flags=flags).boot()
+    for number in range(10):
+        safe = number % 2 == 1
+        net.get("/count")
+        image = lab.image()
+        before = time.monotonic()
+        if safe:
+            lab.runsc("pause", box.id)
+            box.checkpoint(image, "--leave-running")
+            box.kill()
+        else:
+            box.checkpoint(image)
+        times["pause, leave running, kill" if safe else "stop"].append(ms(time.monotonic() - before))
+        box.destroy()
+        net.rebuild()
+        box = Sandbox(lab, net, flags=flags)
+        counts.append(box.restore(image)["count"])
+    out = {
+        "ms": {how: {"p50": quantile(values, 0.5), "max": max(values)} for how, values in times.items()},
+        "nothing_lost": counts == list(range(1, 11)),
+    }
+    full = lab.image()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", full], check=True)
+    lab.defer(lambda: subprocess.run(["umount", full], check=True))
+    lab.runsc("pause", box.id)
+    code = lab.runsc("checkpoint", "--image-path", full, "--leave-running", box.id, check=False)[0]
+    lab.runsc("resume", box.id)
+    out["on a full disk"] = {"exit": code, "after resume": tried(lambda: net.get("/count")["count"]) == 11}
+    lab.undo(mark)
     return out
 
 
@@ -577,7 +629,10 @@ def freeze(lab):
     out["checkpoint while frozen"] = {"exit": code, "ms": ms(took), "says": text.strip()[-200:]}
     out["runsc state while frozen"] = tried(lambda: lab.runsc("state", box.id, timeout=3)[0])
     frozen(False)
-    out["answers after that"] = tried(lambda: net.get("/count", timeout=3)["count"])
+    # The request was already in the sandbox's socket: it is carried out now.
+    time.sleep(1)
+    out["answers 1 s after the thaw"] = tried(lambda: net.get("/count", timeout=3)["count"])
+    out["processes 1 s after the thaw"] = len((group / "cgroup.procs").read_text().split())
     frozen(True)
     begun = time.monotonic()
     (group / "cgroup.kill").write_text("1")
@@ -715,6 +770,7 @@ EXPERIMENTS = {
     "exec": execs,
     "ends": ends,
     "failed-checkpoint": failed_checkpoint,
+    "safe-suspend": safe_suspend,
     "paused": paused,
     "freeze": freeze,
     "independence": independence,
