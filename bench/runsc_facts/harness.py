@@ -369,7 +369,8 @@ class Sandbox:
         self.times = {}
         self.ate = ate or lab.dir / f"ate-{self.id}"
         self.ate.mkdir(exist_ok=True)
-        (self.ate / "name").write_text(f"name of {self.id}")
+        if ate is None:
+            (self.ate / "name").write_text(f"name of {self.id}")
         self.bundles = {}
         extra = [bind(lab.guest, "/guest"), bind(self.ate, "/run/ate")]
         if single:

@@ -79,7 +79,11 @@ def overlay(lab):
     net.get("/write?path=/root/note&text=kept")
     net.get("/write?path=/tmp/note&text=kept")
     net.get("/open?path=/root/note")
-    net.get("/unlink?path=/app/counter.py")
+    # Open and deleted: one file of the overlay's own, one of the image.
+    net.get("/write?path=/root/deleted&text=deleted")
+    for path in ("/root/deleted", "/app/counter.py"):
+        net.get(f"/open?path={path}")
+        net.get(f"/unlink?path={path}")
     host = {
         "written_file_on_the_host": (lab.rootfs / "root/note").exists(),
         "deleted_file_on_the_host": (lab.rootfs / "app/counter.py").exists(),
@@ -103,6 +107,10 @@ def overlay(lab):
             "written": net.get("/read?path=/root/note"),
             "in_tmpfs": net.get("/read?path=/tmp/note"),
             "through_an_open_descriptor": net.get("/reread?path=/root/note"),
+            "open_and_deleted": [
+                str(net.get("/reread?path=/root/deleted")),
+                str(net.get("/reread?path=/app/counter.py"))[:9],
+            ],
             "deleted_is_gone": not net.get("/exists?path=/app/counter.py"),
             "host_copy_untouched": (copy / "app/counter.py").exists() and not (copy / "root/note").exists(),
         },
