@@ -103,6 +103,43 @@ def heap(lab, megabytes=(0, 64, 256, 1024), rounds=3):
     return out
 
 
+def huge_pages(lab, megabytes=(0, 256, 1024), rounds=5):
+    """Restore with huge pages for shared memory (changes a setting of the machine and puts it back)."""
+    setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    found = setting.read_text().split("[")[1].split("]")[0]
+    out = {"as found": found}
+    lab.defer(lambda: setting.write_text(found))
+    for value in ("never", "advise"):
+        setting.write_text(value)
+        for size in megabytes:
+            mark = lab.mark()
+            net = Net(lab)
+            box = Sandbox(lab, net).boot()
+            if size:
+                net.get(f"/alloc?mb={size}", timeout=120)
+            image = lab.image()
+            box.checkpoint(image)
+            saved = box.times["checkpoint"]
+            box.destroy()
+            times = []
+            for _ in range(rounds):
+                net.rebuild()
+                again = Sandbox(lab, net)
+                again.create_root()
+                again.restore(image, created=True)
+                times.append(again.times["restore"])
+                again.destroy()
+            out[f"{value}, {size} MB"] = {
+                "checkpoint": saved,
+                "restore p50": quantile(times, 0.5),
+                "files": sizes(image)["pages.img"],
+            }
+            lab.undo(mark)
+            for path in image.iterdir():
+                path.unlink()
+    return out
+
+
 def idle(lab):
     """(l) What an idle sandbox takes: memory, processor, processes, threads."""
     out = {}
@@ -201,3 +238,5 @@ def commands(lab, rounds=20):
 
 
 EXPERIMENTS = {"heap": heap, "idle": idle, "commands": commands}
+# Run only when they are named, because they change the machine for others.
+ON_REQUEST = {"huge-pages": huge_pages}

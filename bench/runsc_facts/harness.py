@@ -442,6 +442,22 @@ class Sandbox:
         self.times["restore"] = ms(time.monotonic() - before)
         return answer
 
+    def restore_overlapped(self, image):
+        """Restores into a root created ahead, creating the one workload at the same time."""
+        before = time.monotonic()
+        how = ("--image-path", image, "--detach")
+        cid = self.ids[0]
+        create = threading.Thread(
+            target=self.timed, args=("create work", "create", "--bundle", self.bundles[cid], cid)
+        )
+        create.start()
+        self.timed("restore root", "restore", *how, "--bundle", self.bundles[self.id], self.id)
+        create.join()
+        self.timed("restore work", "restore", *how, "--bundle", self.bundles[cid], cid)
+        answer = self.net.wait("/state")
+        self.times["restore"] = ms(time.monotonic() - before)
+        return answer
+
     def pids(self):
         """Host processes of this sandbox: those whose command line names its id."""
         found = []

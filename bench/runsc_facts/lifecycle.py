@@ -63,6 +63,12 @@ def created_ahead(lab, rounds=10):
                 label = f"{kind}, restore into a root created ahead" if created else f"{kind}, create and restore"
                 note(label, again.times)
                 again.destroy()
+            if not single:
+                net.rebuild()
+                again = Sandbox(lab, net)
+                again.create_root()
+                assert again.restore_overlapped(image)["nonce"] == nonce
+                note(f"{kind}, restore into a root created ahead, workload created meanwhile", again.times)
             lab.undo(mark)
     return {
         kind: {step: {"p50": quantile(values, 0.5), "max": max(values)} for step, values in table.items()}
