@@ -1,4 +1,3 @@
-# SPDX-FileCopyrightText: 2026 The substrate authors
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of connections across a checkpoint, in the running copy and in the restored one."""
 

@@ -1,4 +1,3 @@
-# SPDX-FileCopyrightText: 2026 The substrate authors
 # SPDX-License-Identifier: Apache-2.0
 """Drives runsc directly, so that what is seen is runsc's doing and nobody else's.
 

@@ -1,4 +1,3 @@
-# SPDX-FileCopyrightText: 2026 The substrate authors
 # SPDX-License-Identifier: Apache-2.0
 """What a restore refuses, what it takes without a word, and what stays visible of the new specification."""
 

@@ -1,4 +1,3 @@
-# SPDX-FileCopyrightText: 2026 The substrate authors
 # SPDX-License-Identifier: Apache-2.0
 """A help-desk agent that keeps everything it knows in its own memory.
 

@@ -1,4 +1,3 @@
-# SPDX-FileCopyrightText: 2026 The substrate authors
 # SPDX-License-Identifier: Apache-2.0
 """Tries to reach a URL and says how far it got.
 

@@ -1,5 +1,4 @@
 #!/usr/bin/env python3
-# SPDX-FileCopyrightText: 2026 The substrate authors
 # SPDX-License-Identifier: Apache-2.0
 """An offline model server with the OpenAI-compatible API, for machines without one.
 
