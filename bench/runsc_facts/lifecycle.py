@@ -744,6 +744,68 @@ def independence(lab):
     return out
 
 
+CHATTER = """
+import os, sys, threading, time
+def chatter():
+    number = 0
+    while True:
+        time.sleep(0.02)
+        number += 1
+        os.write(1, b"line %d\\n" % number)
+threading.Thread(target=chatter, daemon=True).start()
+sys.path.insert(0, "/guest")
+sys.argv = ["guest.py"]
+exec(open("/guest/guest.py").read())
+"""
+
+
+def output(lab):
+    """(m) Into which descriptors a workload's output goes, before and after a restore."""
+    out = {}
+
+    def change(value):
+        value["process"]["args"] = ["/usr/bin/python3", "-S", "-c", CHATTER]
+
+    for single in (True, False):
+        for mode in ("wb", "ab"):
+            mark = lab.mark()
+            net = Net(lab)
+            image = lab.image()
+            for life in ("booted", "restored"):
+                net.rebuild()
+                box = Sandbox(lab, net, single=single, change=change)
+                # The last container's files are the workload's.
+                files = {}
+                for cid in box.all():
+                    how = ["restore", "--image-path", image, "--detach"] if life == "restored" else ["start"]
+                    for step in (["create", "--bundle", box.bundles[cid]], how):
+                        path = lab.dir / lab.name("output")
+                        files[step[0]] = path
+                        with open(path, mode) as file:
+                            subprocess.run(
+                                [lab.runsc_path, "--root", lab.root, "--overlay2=root:memory", "--ignore-cgroups"]
+                                + [*map(str, step), cid],
+                                stdin=subprocess.DEVNULL,
+                                stdout=file,
+                                stderr=file,
+                                check=True,
+                            )
+                net.wait()
+                time.sleep(0.3)
+                texts = {step: path.read_bytes() for step, path in files.items()}
+                kind = "root" if single else "beside the root"
+                opened = "O_APPEND" if mode == "ab" else "plain"
+                out[f"workload is {kind}, {opened} files, {life}"] = {
+                    "written to the descriptors of": [step for step, text in texts.items() if text],
+                    "zero bytes at the start": max(len(text) - len(text.lstrip(b"\0")) for text in texts.values()),
+                }
+                if life == "booted":
+                    box.checkpoint(image)
+                box.destroy()
+            lab.undo(mark)
+    return out
+
+
 def concurrent(lab, count=4):
     """Restores of several sandboxes at once."""
     mark = lab.mark()
@@ -787,5 +849,6 @@ EXPERIMENTS = {
     "paused": paused,
     "freeze": freeze,
     "independence": independence,
+    "output": output,
     "concurrent": concurrent,
 }
