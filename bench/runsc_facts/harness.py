@@ -195,7 +195,7 @@ class Lab:
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="runsc-facts-", dir=parent))
         # Where sockets are: their path must be short.
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="rf"))
-        self.deferred = [lambda: shutil.rmtree(self.dir, True), lambda: shutil.rmtree(self.root, True)]
+        self.deferred = [lambda: shutil.rmtree(self.dir, True), self._remove_root]
         self.number = 0
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self.rootfs = self._unpack_image()
@@ -207,6 +207,14 @@ class Lab:
         self.guest = self.dir / "guest"
         self.guest.mkdir()
         shutil.copy(pathlib.Path(__file__).parent / "guest.py", self.guest)
+
+    def _remove_root(self):
+        """Removes runsc's --root; its gofers' shared network namespace is mounted in there."""
+        for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
+            path = line.split()[1]
+            if path.startswith(f"{self.root}/"):
+                subprocess.run(["umount", path], check=True)
+        shutil.rmtree(self.root)
 
     def _unpack_image(self):
         layout = REPO / "target" / "images" / "counter"
