@@ -1,2 +1,129 @@
 // SPDX-License-Identifier: Apache-2.0
-//! To be written.
+//! OpenShell's compute driver for substrate: `openshell.compute.v1.ComputeDriver` on a Unix socket, carried out by the
+//! control plane (`ateapi.v1.Control`). It knows nothing of storage, runtimes or nodes.
+//!
+//! ```text
+//! gateway ──▶ service ─┬▶ validate ▶ synthesize ▶ supervisor   a request as a template and an actor (pure)
+//!                      ├▶ create, journal                      three records and their undo
+//!                      ├▶ lifecycle                            stop, start, delete
+//!                      ├▶ atespace                             workspaces
+//!                      └▶ hub ▶ mirror ▶ condition             one watch for all, what the gateway is told (pure)
+//!                         boot                                 first boots that failed
+//!             all of them ▶ control ──▶ ateapi
+//! ```
+//!
+//! The driver keeps no state of its own: everything it has to remember stands in labels and annotations of actors,
+//! templates and atespaces ([`names`]), so it can be killed at any moment and started again.
+#![forbid(unsafe_code)]
+
+pub mod atespace;
+pub mod backoff;
+pub mod boot;
+pub mod condition;
+pub mod config;
+pub mod control;
+pub mod create;
+pub mod driver;
+pub mod driver_config;
+pub mod failure;
+pub mod gates;
+pub mod hub;
+pub mod image;
+pub mod journal;
+pub mod lifecycle;
+pub mod mirror;
+pub mod names;
+pub mod quantity;
+pub mod service;
+pub mod supervisor;
+pub mod synthesize;
+pub mod tls;
+pub mod token;
+pub mod validate;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use substrate_proto::compute::compute_driver_server::ComputeDriverServer;
+use substrate_proto::seam::{self, Peers};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::{Config, ConfigError, SupervisorMode};
+
+/// How long calls under way may take once the driver is told to stop.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// Why the driver could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The socket cannot be opened.
+    #[error(transparent)]
+    Listen(#[from] seam::ListenError),
+    /// The server failed.
+    #[error("the driver's server on {path} failed: {source}")]
+    Serve {
+        /// Its socket.
+        path: String,
+        /// Why.
+        source: tonic::transport::Error,
+    },
+}
+
+/// Serves the gateway until `shutdown`; `ready` is told once the socket listens.
+///
+/// The control plane may be away, at the start and later: calls then fail with a clear error, and the watch heals.
+///
+/// # Errors
+/// When the configuration is contradictory, the socket cannot be opened, or the server fails.
+pub async fn serve(
+    config: Config,
+    ready: oneshot::Sender<()>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    config.check()?;
+    let peers = Peers { uid: config.socket_peer_uid, gid: config.socket_peer_gid };
+    let incoming = seam::listen(&config.socket_path, peers)?;
+    let path = config.socket_path.display().to_string();
+    let control = control::Control::new(&config);
+    let tasks = TaskTracker::new();
+    // Ends the watchers and background work after the server was told to stop taking calls.
+    let quit = shutdown.child_token();
+    let (boots, failed_boots) = mpsc::unbounded_channel();
+    let (hub, hub_task) = hub::Hub::new(control.clone(), boots, quit.clone());
+    let driver = Arc::new(driver::Driver {
+        config,
+        control,
+        hub,
+        gates: gates::Gates::default(),
+        sweep: Arc::new(Notify::new()),
+        tasks: tasks.clone(),
+    });
+    tasks.spawn(hub_task);
+    tasks.spawn(journal::run(Arc::clone(&driver), quit.clone()));
+    tasks.spawn(boot::run(Arc::clone(&driver), failed_boots, quit.clone()));
+    tracing::info!(socket = path, endpoint = driver.control.endpoint(), "the driver serves");
+    if ready.send(()).is_err() {
+        tracing::debug!("nobody waited for the driver to be ready");
+    }
+    let served = tonic::transport::Server::builder()
+        .add_service(ComputeDriverServer::new(service::Service::new(driver)))
+        .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
+    let served = tokio::select! {
+        served = served => served.map_err(|source| Error::Serve { path, source }),
+        () = async { shutdown.cancelled().await; tokio::time::sleep(GRACE).await } => {
+            tracing::warn!("calls under way took longer than {} s and are cut off", GRACE.as_secs());
+            Ok(())
+        }
+    };
+    quit.cancel();
+    tasks.close();
+    if tokio::time::timeout(GRACE, tasks.wait()).await.is_err() {
+        tracing::warn!("background work did not end in time; the next start takes it up");
+    }
+    served
+}

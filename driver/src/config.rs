@@ -1,0 +1,514 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The driver's configuration: the table `[openshell.drivers.substrate]` of a `gateway.toml`.
+//!
+//! The gateway reads only `socket_path` of that table and passes none of it on, so the driver reads the same file by
+//! itself and ignores every other table. Keys are snake_case. An unknown key is refused with the nearest known one;
+//! keys that earlier drivers had and that mean nothing any more are accepted with a warning. `docs/driver.md` lists
+//! the keys with their defaults, and a test compares that list with [`KEYS`].
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::driver_config::SandboxClass;
+use crate::names;
+
+/// Every key of the table.
+pub const KEYS: [&str; 22] = [
+    "api_bearer_token_path",
+    "api_client_cert_path",
+    "api_client_key_path",
+    "api_endpoint",
+    "api_tls_ca_path",
+    "api_tls_server_name",
+    "default_image",
+    "default_namespace",
+    "default_sandbox_class",
+    "default_worker_pool",
+    "gateway_endpoint",
+    "pause_image",
+    "request_capabilities",
+    "runsc_amd64_sha256",
+    "runsc_amd64_url",
+    "snapshots_location",
+    "socket_path",
+    "socket_peer_gid",
+    "socket_peer_uid",
+    "stop_timeout_secs",
+    "supervisor",
+    "template_ready_timeout_secs",
+];
+const SUPERVISOR_KEYS: [&str; 1] = ["mode"];
+
+/// What the driver was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Unix socket the gateway dials.
+    pub socket_path: PathBuf,
+    /// A uid besides root and the process's own that may connect to it.
+    pub socket_peer_uid: Option<u32>,
+    /// A gid whose processes may connect to it.
+    pub socket_peer_gid: Option<u32>,
+    /// Where the control plane listens: `unix:/path`, `http://host:port` or `https://host:port`.
+    pub api_endpoint: String,
+    /// PEM file of the authorities that may sign the control plane's certificate; needed with `https`.
+    pub api_tls_ca_path: Option<PathBuf>,
+    /// Name expected in that certificate; by default the endpoint's host.
+    pub api_tls_server_name: Option<String>,
+    /// PEM file of the driver's own certificate, for mutual TLS.
+    pub api_client_cert_path: Option<PathBuf>,
+    /// PEM file of its key.
+    pub api_client_key_path: Option<PathBuf>,
+    /// File with the bearer token sent with every call.
+    pub api_bearer_token_path: Option<PathBuf>,
+    /// Workspace assumed where a request names none.
+    pub default_namespace: String,
+    /// Worker pool of sandboxes that name none; empty: the control plane's default.
+    pub default_worker_pool: String,
+    /// Image the gateway uses when the user names none.
+    pub default_image: String,
+    /// Sandbox class of sandboxes that name none.
+    pub default_sandbox_class: SandboxClass,
+    /// Where supervisors reach the gateway; none: they stand alone.
+    pub gateway_endpoint: Option<String>,
+    /// Where snapshots go; the control plane's business, kept here for `substrate up`.
+    pub snapshots_location: Option<String>,
+    /// How long a sandbox may take from its creation until it is ready.
+    pub template_ready_timeout: Duration,
+    /// How long a stop or a start may take.
+    pub stop_timeout: Duration,
+    /// Capabilities added to every sandbox that the driver synthesizes, without `CAP_`.
+    pub request_capabilities: Vec<String>,
+    /// How OpenShell's supervisor is delivered.
+    pub supervisor: SupervisorMode,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket_path: "/run/substrate/driver/driver.sock".into(),
+            socket_peer_uid: None,
+            socket_peer_gid: None,
+            api_endpoint: "unix:/run/substrate/ateapi.sock".to_owned(),
+            api_tls_ca_path: None,
+            api_tls_server_name: None,
+            api_client_cert_path: None,
+            api_client_key_path: None,
+            api_bearer_token_path: None,
+            default_namespace: "default".to_owned(),
+            default_worker_pool: String::new(),
+            default_image: String::new(),
+            default_sandbox_class: SandboxClass::Gvisor,
+            gateway_endpoint: None,
+            snapshots_location: None,
+            template_ready_timeout: Duration::from_mins(5),
+            stop_timeout: Duration::from_mins(5),
+            request_capabilities: Vec::new(),
+            supervisor: SupervisorMode::None,
+        }
+    }
+}
+
+/// How OpenShell's supervisor gets into a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SupervisorMode {
+    /// Not at all: the sandbox runs the user's command, and substrate's own egress policy holds.
+    #[default]
+    None,
+}
+
+impl SupervisorMode {
+    /// Capabilities its supervisor needs beyond the runtime's default ones, without `CAP_`.
+    pub fn capabilities(self) -> Vec<String> {
+        match self {
+            Self::None => Vec::new(),
+        }
+    }
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}; name the gateway's configuration with --config")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("not valid TOML: {0}")]
+    Syntax(#[source] Box<toml::de::Error>),
+    /// A key nobody knows.
+    #[error("unknown key {key} in [{table}]{}; docs/driver.md lists the known ones",
+        nearest.map(|nearest| format!(": did you mean {nearest}?")).unwrap_or_default())]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// Where it stands.
+        table: String,
+        /// The known key closest to it.
+        nearest: Option<&'static str>,
+    },
+    /// A value that cannot be used.
+    #[error("openshell.drivers.substrate.{key}: {problem}")]
+    Value {
+        /// The key.
+        key: String,
+        /// What is wrong and what to write instead.
+        problem: String,
+    },
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Capabilities {
+    OfTheMode(bool),
+    Named(Vec<String>),
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Table {
+    socket_path: Option<PathBuf>,
+    socket_peer_uid: Option<u32>,
+    socket_peer_gid: Option<u32>,
+    api_endpoint: Option<String>,
+    api_tls_ca_path: Option<PathBuf>,
+    api_tls_server_name: Option<String>,
+    api_client_cert_path: Option<PathBuf>,
+    api_client_key_path: Option<PathBuf>,
+    api_bearer_token_path: Option<PathBuf>,
+    default_namespace: Option<String>,
+    default_worker_pool: Option<String>,
+    default_image: Option<String>,
+    default_sandbox_class: Option<String>,
+    gateway_endpoint: Option<String>,
+    snapshots_location: Option<String>,
+    template_ready_timeout_secs: Option<u64>,
+    stop_timeout_secs: Option<u64>,
+    request_capabilities: Option<Capabilities>,
+    supervisor: Option<SupervisorTable>,
+    pause_image: Option<String>,
+    runsc_amd64_sha256: Option<String>,
+    runsc_amd64_url: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct SupervisorTable {
+    mode: Option<String>,
+}
+
+impl Config {
+    /// Reads a `gateway.toml`; warnings about keys without effect come along.
+    pub fn load(path: &Path) -> Result<(Self, Vec<String>), ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::from_toml(&text)
+    }
+
+    /// Reads the text of a `gateway.toml`.
+    pub fn from_toml(text: &str) -> Result<(Self, Vec<String>), ConfigError> {
+        const TABLE: &str = "openshell.drivers.substrate";
+        let document: toml::Table = text.parse().map_err(|error| ConfigError::Syntax(Box::new(error)))?;
+        let mut warnings = Vec::new();
+        let table = ["openshell", "drivers", "substrate"]
+            .iter()
+            .try_fold(&document, |table, key| table.get(*key).and_then(toml::Value::as_table));
+        let Some(table) = table else {
+            warnings.push(format!("there is no table [{TABLE}]: every setting has its default"));
+            return Ok((Self::default(), warnings));
+        };
+        refuse_unknown(table, &KEYS, TABLE)?;
+        if let Some(supervisor) = table.get("supervisor").and_then(toml::Value::as_table) {
+            refuse_unknown(supervisor, &SUPERVISOR_KEYS, &format!("{TABLE}.supervisor"))?;
+        }
+        let table: Table =
+            serde_path_to_error::deserialize(toml::Value::Table(table.clone())).map_err(|error| {
+                ConfigError::Value {
+                    key: error.path().to_string(),
+                    problem: error.inner().message().to_owned(),
+                }
+            })?;
+        let config = Self::from_table(table, &mut warnings)?;
+        Ok((config, warnings))
+    }
+
+    fn from_table(table: Table, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
+        let wrong = |key: &str, problem: String| Err(ConfigError::Value { key: key.to_owned(), problem });
+        let text = |value: Option<String>| value.map(|v| v.trim().to_owned()).filter(|v| !v.is_empty());
+        let path = |value: Option<PathBuf>| value.filter(|v| !v.as_os_str().is_empty());
+        let legacy = [
+            ("pause_image", table.pause_image.is_some(), "the pause container is substrate's own"),
+            ("runsc_amd64_sha256", table.runsc_amd64_sha256.is_some(), RUNSC_MOVED),
+            ("runsc_amd64_url", table.runsc_amd64_url.is_some(), RUNSC_MOVED),
+        ];
+        for (key, given, why) in legacy {
+            if given {
+                warnings.push(format!("{key} has no effect any more ({why}): remove it"));
+            }
+        }
+        let default = Self::default();
+        let mut config = Self {
+            socket_path: path(table.socket_path).unwrap_or(default.socket_path),
+            socket_peer_uid: table.socket_peer_uid,
+            socket_peer_gid: table.socket_peer_gid,
+            api_endpoint: text(table.api_endpoint).unwrap_or(default.api_endpoint),
+            api_tls_ca_path: path(table.api_tls_ca_path),
+            api_tls_server_name: text(table.api_tls_server_name),
+            api_client_cert_path: path(table.api_client_cert_path),
+            api_client_key_path: path(table.api_client_key_path),
+            api_bearer_token_path: path(table.api_bearer_token_path),
+            default_namespace: text(table.default_namespace).unwrap_or(default.default_namespace),
+            default_worker_pool: text(table.default_worker_pool).unwrap_or_default(),
+            default_image: text(table.default_image).unwrap_or_default(),
+            gateway_endpoint: text(table.gateway_endpoint),
+            snapshots_location: text(table.snapshots_location),
+            ..default
+        };
+        if let Some(name) = text(table.default_sandbox_class) {
+            let Some(class) = SandboxClass::parse(&name) else {
+                return wrong(
+                    "default_sandbox_class",
+                    format!("{name:?} is no sandbox class: write \"gvisor\" or \"microvm\""),
+                );
+            };
+            config.default_sandbox_class = class;
+        }
+        for (key, given, target) in [
+            (
+                "template_ready_timeout_secs",
+                table.template_ready_timeout_secs,
+                &mut config.template_ready_timeout,
+            ),
+            ("stop_timeout_secs", table.stop_timeout_secs, &mut config.stop_timeout),
+        ] {
+            match given {
+                None => {}
+                Some(seconds @ 1..=86_400) => *target = Duration::from_secs(seconds),
+                Some(other) => {
+                    return wrong(key, format!("{other} is not between 1 and 86400 seconds"));
+                }
+            }
+        }
+        config.request_capabilities = match table.request_capabilities {
+            None | Some(Capabilities::OfTheMode(false)) => Vec::new(),
+            Some(Capabilities::OfTheMode(true)) => config.supervisor.capabilities(),
+            Some(Capabilities::Named(names)) => names,
+        };
+        for name in &config.request_capabilities {
+            if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_') {
+                return wrong(
+                    "request_capabilities",
+                    format!("{name:?} is no capability: write names like \"NET_ADMIN\", without CAP_"),
+                );
+            }
+        }
+        match table.supervisor.and_then(|table| text(table.mode)).as_deref() {
+            None | Some("none") => {}
+            Some("auto") => {
+                if config.gateway_endpoint.is_some() {
+                    warnings.push(
+                        "supervisor.mode = \"auto\" means \"none\" in this version: sandboxes run without \
+                         OpenShell's supervisor, and gateway_endpoint is not used"
+                            .to_owned(),
+                    );
+                }
+            }
+            Some(mode @ ("strict" | "sidecar" | "process")) => {
+                return wrong(
+                    "supervisor.mode",
+                    format!("{mode:?} is not available in this version: write \"none\" or \"auto\""),
+                );
+            }
+            Some(mode) => {
+                return wrong(
+                    "supervisor.mode",
+                    format!("{mode:?} is no mode: write one of auto, strict, sidecar, process, none"),
+                );
+            }
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what one key means for another; also for configurations that were not read from a file.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key: &str, problem: String| Err(ConfigError::Value { key: key.to_owned(), problem });
+        if !self.socket_path.is_absolute() {
+            return wrong("socket_path", format!("{} is not an absolute path", self.socket_path.display()));
+        }
+        let scheme = self.api_endpoint.split(':').next().unwrap_or_default();
+        match scheme {
+            "unix" => {
+                let path = self.api_endpoint["unix:".len()..].trim_start_matches("//");
+                if !Path::new(path).is_absolute() {
+                    return wrong("api_endpoint", format!("{:?} names no absolute path", self.api_endpoint));
+                }
+            }
+            "https" if self.api_tls_ca_path.is_none() => {
+                return wrong(
+                    "api_tls_ca_path",
+                    format!("needed with {}: name the PEM file of its authority", self.api_endpoint),
+                );
+            }
+            "http" | "https" => {}
+            _ => {
+                return wrong(
+                    "api_endpoint",
+                    format!(
+                        "{:?} is no endpoint: write unix:/path, http://host:port or https://host:port",
+                        self.api_endpoint
+                    ),
+                );
+            }
+        }
+        if self.api_client_cert_path.is_some() != self.api_client_key_path.is_some() {
+            return wrong(
+                "api_client_cert_path",
+                "a client certificate needs both api_client_cert_path and api_client_key_path".to_owned(),
+            );
+        }
+        if !names::is_dns_label(&self.default_namespace) {
+            return wrong(
+                "default_namespace",
+                format!("{:?} is not a DNS-1123 label of at most 63 characters", self.default_namespace),
+            );
+        }
+        Ok(())
+    }
+}
+
+const RUNSC_MOVED: &str = "runtime binaries are pinned in the sandbox config";
+
+fn refuse_unknown(table: &toml::Table, known: &[&'static str], name: &str) -> Result<(), ConfigError> {
+    match table.keys().find(|key| !known.contains(&key.as_str())) {
+        None => Ok(()),
+        Some(key) => Err(ConfigError::UnknownKey {
+            key: key.clone(),
+            table: name.to_owned(),
+            nearest: names::nearest(key, known.iter().copied()),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: &str = r#"
+        [openshell.gateway]
+        compute_drivers = ["substrate"]
+        anything = { goes = "here" }
+        [openshell.drivers.docker]
+        whatever = 1
+        [openshell.drivers.substrate]
+        socket_path = "/run/substrate/driver.sock"
+        socket_peer_uid = 1000
+        socket_peer_gid = 1000
+        api_endpoint = "https://ateapi.example:8443"
+        api_tls_ca_path = "/etc/substrate/ca.pem"
+        api_tls_server_name = "ateapi"
+        api_bearer_token_path = "/var/run/token"
+        api_client_cert_path = "/etc/substrate/client.pem"
+        api_client_key_path = "/etc/substrate/client.key"
+        default_namespace = "default"
+        default_worker_pool = "pool-a"
+        default_image = "registry.example/agent:1"
+        default_sandbox_class = "gvisor"
+        pause_image = "pause:3.10"
+        snapshots_location = "s3://bucket/prefix"
+        runsc_amd64_sha256 = "00"
+        runsc_amd64_url = "https://example/runsc"
+        gateway_endpoint = ""
+        template_ready_timeout_secs = 120
+        stop_timeout_secs = 60
+        request_capabilities = ["NET_ADMIN"]
+        [openshell.drivers.substrate.supervisor]
+        mode = "none"
+    "#;
+
+    #[test]
+    fn every_key_is_read_and_legacy_ones_warn() {
+        let (config, warnings) = Config::from_toml(FULL).unwrap();
+        assert_eq!(config.socket_path, Path::new("/run/substrate/driver.sock"));
+        assert_eq!((config.socket_peer_uid, config.socket_peer_gid), (Some(1000), Some(1000)));
+        assert_eq!(config.api_endpoint, "https://ateapi.example:8443");
+        assert_eq!(config.default_worker_pool, "pool-a");
+        assert_eq!(config.template_ready_timeout, Duration::from_mins(2));
+        assert_eq!(config.stop_timeout, Duration::from_mins(1));
+        assert_eq!(config.request_capabilities, ["NET_ADMIN"]);
+        assert_eq!(config.gateway_endpoint, None);
+        assert_eq!(config.snapshots_location.as_deref(), Some("s3://bucket/prefix"));
+        for key in ["pause_image", "runsc_amd64_sha256", "runsc_amd64_url"] {
+            assert_eq!(warnings.iter().filter(|warning| warning.starts_with(key)).count(), 1, "{key}");
+        }
+        assert_eq!(warnings.len(), 3);
+        for key in KEYS {
+            assert!(FULL.contains(key), "the test lacks {key}");
+        }
+    }
+
+    #[test]
+    fn no_table_means_defaults_and_a_warning() {
+        let (config, warnings) = Config::from_toml("[openshell.gateway]\nport = 1\n").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(warnings.len(), 1);
+    }
+
+    fn error(lines: &str) -> String {
+        Config::from_toml(&format!("[openshell.drivers.substrate]\n{lines}")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_the_nearest_one() {
+        let message = error("socket_pth = \"/x\"");
+        assert!(message.contains("unknown key socket_pth") && message.contains("did you mean socket_path?"));
+        assert!(error("apiEndpoint = \"x\"").contains("did you mean api_endpoint?"));
+        assert!(!error("colour = 1").contains("did you mean"));
+        assert!(error("[openshell.drivers.substrate.supervisor]\nmoed = 1").contains("did you mean mode?"));
+    }
+
+    #[test]
+    fn bad_values_name_the_key_and_the_way_out() {
+        for (lines, key, way_out) in [
+            ("socket_path = \"driver.sock\"", "socket_path", "absolute"),
+            ("socket_path = 3", "socket_path", "string"),
+            ("api_endpoint = \"ftp://x\"", "api_endpoint", "unix:/path"),
+            ("api_endpoint = \"unix:relative\"", "api_endpoint", "absolute"),
+            ("api_endpoint = \"https://x:1\"", "api_tls_ca_path", "PEM"),
+            ("api_client_cert_path = \"/c\"", "api_client_cert_path", "api_client_key_path"),
+            ("default_namespace = \"Not Ok\"", "default_namespace", "DNS-1123"),
+            ("default_sandbox_class = \"docker\"", "default_sandbox_class", "microvm"),
+            ("template_ready_timeout_secs = 0", "template_ready_timeout_secs", "between"),
+            ("request_capabilities = [\"cap_net\"]", "request_capabilities", "CAP_"),
+            ("supervisor = { mode = \"strict\" }", "supervisor.mode", "none"),
+            ("supervisor = { mode = \"x\" }", "supervisor.mode", "auto"),
+        ] {
+            let message = error(lines);
+            assert!(message.contains(&format!("substrate.{key}:")), "{message}");
+            assert!(message.contains(way_out), "{message}");
+        }
+        assert!(matches!(Config::from_toml("x ="), Err(ConfigError::Syntax(_))));
+    }
+
+    #[test]
+    fn the_documentation_lists_every_key() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/driver.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        for key in KEYS {
+            assert!(
+                text.contains(&format!("| `{key}`")) || text.contains(&format!("| `{key}.")),
+                "docs/driver.md has no row for {key}"
+            );
+        }
+        let rows =
+            text.lines().filter(|line| line.starts_with("| `")).filter_map(|line| line.split('`').nth(1));
+        for row in rows.filter(|row| row.contains('_') && !row.starts_with("openshell")) {
+            let key = row.split('.').next().unwrap_or(row);
+            assert!(KEYS.contains(&key), "docs/driver.md lists {row}, which does not exist");
+        }
+    }
+}

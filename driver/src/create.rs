@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+//! CreateSandbox: three records, then an answer; whatever fails on the way takes all of them back.
+//!
+//! ```text
+//! atespace ensured → template made (or found) → actor made, marked pending, boots → mark removed → answer
+//!    undo: delete        undo: delete if            undo: delete
+//!    if made here        unused
+//! ```
+//!
+//! The gateway neither retries a failed create nor compensates it, so the driver must leave nothing. The mark on the
+//! actor is the journal: while it is there, no create has been answered with success, so whoever finds it and knows
+//! of no create under way (the sweep of [`crate::journal`], after a crash) may delete the actor. It is removed before
+//! the answer is given; a sandbox that the gateway knows of is never pending. Templates need no mark: one that no
+//! actor uses is deleted whoever left it.
+//!
+//! A create runs to its end in a task of its own, also when the gateway hangs up. It holds the creation gate of its
+//! sandbox all the while, and the atespace and template while it uses them, so that neither is reaped under its feet.
+//! Another driver on the same control plane may still reap the template in between: then the actor is refused, and the
+//! template made again.
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use substrate_proto::compute::DriverSandbox;
+use tonic::Code;
+
+use crate::condition;
+use crate::control::SHORT;
+use crate::driver::{Driver, Plan};
+use crate::failure::Failure;
+use crate::gates::Key;
+use crate::{mirror, names, synthesize, token};
+
+const PENDING: &str = "pending-";
+const ATTEMPTS: usize = 3;
+
+/// What a create has made, and must take back if it fails.
+#[derive(Default)]
+struct Made {
+    atespace: bool,
+    template: bool,
+    /// The mark on an actor that exists, or may exist.
+    actor: Option<String>,
+}
+
+impl Driver {
+    /// Makes a sandbox and has it boot; see the module.
+    pub async fn create(self: Arc<Self>, sandbox: DriverSandbox) -> Result<(), Failure> {
+        let driver = Arc::clone(&self);
+        let create = self.tasks.spawn(async move { driver.create_to_the_end(&sandbox).await });
+        create.await.map_err(|error| Failure::Precondition(format!("the create was interrupted: {error}")))?
+    }
+
+    async fn create_to_the_end(&self, sandbox: &DriverSandbox) -> Result<(), Failure> {
+        let mut plan = self.plan(sandbox).await?;
+        let uid = plan.wanted.uid.clone();
+        let _creation = self.gates.own(Key::Creation(uid.clone())).await;
+        if let Some(actor) = self.control.get_actor(&uid).await? {
+            let same = condition::sandbox_id(&actor) == Some(&plan.wanted.id)
+                && condition::annotation(&actor, names::REQUEST_DIGEST) == Some(&plan.wanted.digest);
+            if !same {
+                return Err(Failure::Exists(format!("sandbox id {:?} is in use already", plan.wanted.id)));
+            }
+            // A retry. The creation gate is ours, so whoever left the mark is gone: the work is done but for it.
+            return self.settle(&uid).await;
+        }
+        plan.advisories.extend(token::advisory(&plan.wanted, mirror::now_ms()));
+        let mut made = Made::default();
+        if let Err(failure) = self.make(&mut plan, &mut made).await {
+            tracing::warn!(sandbox = plan.wanted.id, error = %failure, "create failed and is taken back");
+            self.take_back(&plan, made, failure.is_ambiguous()).await;
+            return Err(failure);
+        }
+        self.announce(&plan).await;
+        Ok(())
+    }
+
+    async fn make(&self, plan: &mut Plan, made: &mut Made) -> Result<(), Failure> {
+        let wanted = &plan.wanted;
+        let _atespace = self.gates.hold(Key::Atespace(wanted.atespace.clone())).await;
+        made.atespace = self.ensure_atespace(&wanted.tenant, true).await?;
+        for attempt in 1.. {
+            let held = match &plan.template {
+                None => None,
+                Some(spec) => {
+                    let key = Key::Template(wanted.atespace.clone(), plan.template_name.clone());
+                    let held = self.gates.hold(key).await;
+                    made.template = true;
+                    let labels = synthesize::template_labels();
+                    self.control
+                        .create_template(&wanted.atespace, &plan.template_name, spec.clone(), labels, false)
+                        .await?;
+                    Some(held)
+                }
+            };
+            let mark = format!("{PENDING}{}", uuid::Uuid::new_v4().simple());
+            let mut actor = plan.actor.clone();
+            actor.annotations.insert(names::CREATE.to_owned(), mark.clone());
+            made.actor = Some(mark);
+            let answer =
+                self.control.create_actor(&wanted.atespace, &wanted.actor_name, &wanted.uid, actor).await;
+            drop(held);
+            match answer {
+                Ok(_) => break,
+                Err(failure) if failure.is_ambiguous() => return Err(failure),
+                Err(failure) => {
+                    made.actor = None;
+                    let vanished = plan.template.is_some()
+                        && attempt < ATTEMPTS
+                        && matches!(failure.code(), Code::NotFound | Code::FailedPrecondition)
+                        && self.control.get_template(&wanted.atespace, &plan.template_name).await?.is_none();
+                    if vanished {
+                        continue;
+                    }
+                    return Err(match failure.code() {
+                        Code::AlreadyExists => Failure::Exists(format!(
+                            "a sandbox named {:?} exists already in workspace {:?}",
+                            wanted.name, wanted.tenant
+                        )),
+                        _ => failure,
+                    });
+                }
+            }
+        }
+        self.settle(&plan.wanted.uid).await
+    }
+
+    /// Removes the mark: from here on the sandbox stays.
+    async fn settle(&self, uid: &str) -> Result<(), Failure> {
+        let Some(actor) = self.control.get_actor(uid).await? else {
+            return Err(Failure::Precondition("the sandbox was deleted while it was made".to_owned()));
+        };
+        let mut annotations = actor.spec.unwrap_or_default().annotations;
+        if annotations.remove(names::CREATE).is_some() {
+            self.control.annotate(uid, annotations).await?;
+        }
+        Ok(())
+    }
+
+    async fn take_back(&self, plan: &Plan, made: Made, ambiguous: bool) {
+        let wanted = &plan.wanted;
+        let mut clean = !ambiguous;
+        if let Some(mark) = &made.actor {
+            clean &= report("actor", &self.delete_pending(&wanted.uid, mark).await);
+        }
+        if made.template {
+            clean &= report("template", &self.reap_template(&wanted.atespace, &plan.template_name).await);
+        }
+        if made.atespace {
+            clean &= report("atespace", &self.reap_atespace(&wanted.atespace).await);
+        }
+        if !clean {
+            // Something may be left, or may still appear when a call that timed out comes through.
+            self.sweep.notify_one();
+        }
+    }
+
+    /// Deletes an actor that still bears this mark. The caller owns its creation gate.
+    pub async fn delete_pending(&self, uid: &str, mark: &str) -> Result<(), Failure> {
+        let Some(actor) = self.control.get_actor(uid).await? else {
+            return Ok(());
+        };
+        if condition::annotation(&actor, names::CREATE) == Some(mark) {
+            self.control.delete_actor(uid, SHORT).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes a synthesized template that no actor uses and no create is about to use.
+    pub async fn reap_template(&self, atespace: &str, name: &str) -> Result<(), Failure> {
+        let _own = self.gates.own(Key::Template(atespace.to_owned(), name.to_owned())).await;
+        let Some(template) = self.control.get_template(atespace, name).await? else {
+            return Ok(());
+        };
+        let ours = template.labels.get(names::SYNTHESIZED).is_some_and(|value| value == "true");
+        if !ours || !self.control.list_actors(atespace, name, BTreeMap::new()).await?.is_empty() {
+            return Ok(());
+        }
+        match self.control.delete_template(atespace, name).await {
+            Ok(_) => Ok(()),
+            // Another driver's create was faster; its sandbox deletes it in the end.
+            Err(failure) if failure.code() == Code::FailedPrecondition => Ok(()),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    async fn announce(&self, plan: &Plan) {
+        let wanted = &plan.wanted;
+        let now = mirror::now_ms();
+        tracing::info!(
+            sandbox = wanted.id,
+            name = wanted.name,
+            template = plan.template_name,
+            "sandbox created"
+        );
+        let image = if wanted.premade.is_some() { "" } else { &wanted.image };
+        self.hub.tell(mirror::platform_event(&wanted.id, mirror::scheduled(now, image))).await;
+        for advisory in &plan.advisories {
+            let message = format!("{}: {}", advisory.subsystem, advisory.message);
+            self.hub
+                .tell(mirror::platform_event(&wanted.id, mirror::warning(now, "Advisory", message)))
+                .await;
+        }
+    }
+}
+
+/// The mark of a create that has not succeeded yet.
+pub fn pending_mark(actor: &substrate_proto::ateapi::Actor) -> Option<&str> {
+    condition::annotation(actor, names::CREATE).filter(|mark| mark.starts_with(PENDING))
+}
+
+fn report(what: &str, result: &Result<(), Failure>) -> bool {
+    if let Err(failure) = result {
+        tracing::warn!(error = %failure, "cannot take back the {what} of a failed create; it is tried again");
+    }
+    result.is_ok()
+}

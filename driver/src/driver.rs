@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What all calls share, and how actors are looked up.
+use std::sync::Arc;
+
+use substrate_proto::ateapi::Actor;
+use substrate_proto::types::{ActorSpec, TemplateSpec};
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+
+use crate::condition;
+use crate::config::Config;
+use crate::control::Control;
+use crate::failure::Failure;
+use crate::gates::Gates;
+use crate::hub::Hub;
+use crate::supervisor::{self, Advisory};
+use crate::validate::{self, Wanted};
+use crate::{names, synthesize};
+
+/// The driver's parts.
+pub struct Driver {
+    /// What it was told.
+    pub config: Config,
+    /// The control plane.
+    pub control: Control,
+    /// The watch.
+    pub hub: Hub,
+    /// Who touches what.
+    pub gates: Gates,
+    /// Wakes the sweep of what a failed or interrupted create left ([`crate::journal`]).
+    pub sweep: Arc<Notify>,
+    /// Work that outlives its call.
+    pub tasks: TaskTracker,
+}
+
+/// A request, ready to be carried out.
+pub struct Plan {
+    /// What is wanted.
+    pub wanted: Wanted,
+    /// The template, images pinned; none with a pre-made one.
+    pub template: Option<TemplateSpec>,
+    /// Name of the template.
+    pub template_name: String,
+    /// The actor, without its create mark.
+    pub actor: ActorSpec,
+    /// What the user should know.
+    pub advisories: Vec<Advisory>,
+}
+
+impl Driver {
+    /// The sandbox of that id, if there is one.
+    pub async fn find(&self, sandbox_id: &str) -> Result<Option<Actor>, Failure> {
+        if sandbox_id.is_empty() {
+            return Err(Failure::Invalid(vec![crate::failure::Violation::new("sandbox_id", "is empty")]));
+        }
+        let actor = self.control.get_actor(&names::uid(sandbox_id)).await?;
+        // An actor of that uid that is not this sandbox is none of the gateway's.
+        Ok(actor.filter(|actor| condition::sandbox_id(actor) == Some(sandbox_id)))
+    }
+
+    /// The sandbox of that id.
+    pub async fn sandbox(&self, sandbox_id: &str) -> Result<Actor, Failure> {
+        self.find(sandbox_id)
+            .await?
+            .ok_or_else(|| Failure::Missing(format!("there is no sandbox with id {sandbox_id:?}")))
+    }
+
+    /// Turns a request into a plan, asking the control plane what only it can judge; changes nothing.
+    pub async fn plan(&self, sandbox: &substrate_proto::compute::DriverSandbox) -> Result<Plan, Failure> {
+        let wanted = validate::read(sandbox, &self.config).map_err(Failure::Invalid)?;
+        let mut spec = synthesize::template(&wanted, &self.config);
+        let mut actor = synthesize::actor(&wanted, "", "");
+        let mut advisories = wanted.advisories.clone();
+        advisories.extend(supervisor::deliver(&self.config, &wanted, &mut spec, &mut actor));
+        self.tenancy(&wanted).await?;
+        let (template, template_name) = if let Some(name) = &wanted.premade {
+            self.premade(&wanted, name, spec).await?;
+            (None, name.clone())
+        } else {
+            let pinned = self.pin(&wanted, spec).await?;
+            let name = names::template(&pinned);
+            (Some(pinned), name)
+        };
+        actor.template.clone_from(&template_name);
+        Ok(Plan { wanted, template, template_name, actor, advisories })
+    }
+
+    /// The same spec with its images pinned, if the control plane accepts it.
+    async fn pin(&self, wanted: &Wanted, spec: TemplateSpec) -> Result<TemplateSpec, Failure> {
+        let name = names::template(&spec);
+        let answer = self
+            .control
+            .create_template(&wanted.atespace, &name, spec.clone(), synthesize::template_labels(), true)
+            .await?;
+        Ok(answer.spec.unwrap_or(spec))
+    }
+
+    async fn premade(&self, wanted: &Wanted, name: &str, ours: TemplateSpec) -> Result<(), Failure> {
+        let template = self.control.get_template(&wanted.atespace, name).await?.ok_or_else(|| {
+            Failure::Precondition(format!(
+                "{}: there is no template {name:?} in atespace {:?}: create it there first, or leave the annotation out",
+                names::PREMADE_TEMPLATE,
+                wanted.atespace
+            ))
+        })?;
+        let premade = template.spec.unwrap_or_default();
+        let image = premade.containers.first().map(|container| container.image.as_str());
+        // Only a resolved tag can be compared with a pinned image.
+        let resolve = !wanted.image.is_empty()
+            && wanted.image != self.config.default_image
+            && image != Some(&wanted.image)
+            && crate::image::digest(&wanted.image).is_none();
+        let pinned = if resolve { Some(self.pin(wanted, ours).await?) } else { None };
+        let pinned_image = pinned
+            .as_ref()
+            .and_then(|spec| spec.containers.first())
+            .map(|container| container.image.as_str());
+        let violations = synthesize::unmet(wanted, &self.config, &premade, pinned_image);
+        if violations.is_empty() { Ok(()) } else { Err(Failure::Invalid(violations)) }
+    }
+}
