@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The way to the control plane, and what the running process says about itself.
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use substrate_proto::ateapi::ActorRef;
+use substrate_proto::ateapi::control_client::ControlClient;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::args::Global;
+use crate::failure::{Exit, Failure};
+
+/// A client of `ateapi.v1.Control`.
+pub type Control = ControlClient<Channel>;
+
+/// File beside the sockets in which `substrate up` says where everything is.
+pub const UP_FILE: &str = "up.json";
+
+/// What `substrate up` writes to RUN/up.json when it is ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UpInfo {
+    /// Version of the program.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// State directory.
+    pub dir: PathBuf,
+    /// Socket of the control plane.
+    pub api_socket: PathBuf,
+    /// Socket of the compute driver.
+    pub driver_socket: PathBuf,
+    /// Address of the HTTP ingress.
+    pub ingress: SocketAddr,
+    /// Worker slots.
+    pub workers: u32,
+    /// Path of runsc.
+    pub runsc: PathBuf,
+    /// Its sha256, hex.
+    pub runsc_sha256: String,
+    /// Its version string; the digest is its identity.
+    pub runsc_version: String,
+    /// Actors that ran already, on workers of an earlier run.
+    pub running_actors: u32,
+    /// How long the start took, ms.
+    pub start_ms: u64,
+}
+
+/// The socket that `--socket` names: itself, or `ateapi.sock` in the directory it names.
+pub fn socket_path(global: &Global) -> PathBuf {
+    if global.socket.is_dir() { global.socket.join("ateapi.sock") } else { global.socket.clone() }
+}
+
+/// Connects to the control plane.
+///
+/// # Errors
+/// Exit code 5 with the way out when nothing serves there, 1 when it may not be used.
+pub async fn connect(global: &Global) -> Result<Control, Failure> {
+    let path = socket_path(global);
+    let channel = connect_unix(&path).await.map_err(|error| explain(&path, &error))?;
+    Ok(ControlClient::new(channel).max_decoding_message_size(64 << 20))
+}
+
+/// A channel over a Unix socket. The socket is tried first, so that the system's own reason is seen.
+///
+/// # Errors
+/// The system's.
+pub async fn connect_unix(path: &Path) -> io::Result<Channel> {
+    drop(tokio::net::UnixStream::connect(path).await?);
+    let endpoint = Endpoint::try_from(format!("unix:{}", path.display())).map_err(io::Error::other)?;
+    endpoint.connect().await.map_err(io::Error::other)
+}
+
+fn explain(path: &Path, error: &io::Error) -> Failure {
+    let shown = path.display();
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Failure::new(
+            Exit::Unavailable,
+            format!("substrate does not run here: nothing serves on {shown} ({error})"),
+        )
+        .with_way_out(
+            "start it with `substrate up` as root, or name the socket of a running one with --socket",
+        ),
+        io::ErrorKind::PermissionDenied => Failure::general(format!("may not connect to {shown}: {error}"))
+            .with_way_out("run this as the user that runs `substrate up`, usually root: sudo substrate …"),
+        _ => Failure::new(Exit::Unavailable, format!("cannot connect to {shown}: {error}")),
+    }
+}
+
+/// Reads RUN/up.json beside the control plane's socket.
+///
+/// # Errors
+/// Exit code 5 when nothing runs there or it is remote.
+pub fn up_info(global: &Global) -> Result<UpInfo, Failure> {
+    let socket = socket_path(global);
+    let path = socket.with_file_name(UP_FILE);
+    let text = std::fs::read(&path).map_err(|error| {
+        Failure::new(Exit::Unavailable, format!("cannot read {}: {error}", path.display()))
+            .with_way_out("start substrate with `substrate up`, or name its socket with --socket")
+    })?;
+    serde_json::from_slice(&text).map_err(|error| {
+        Failure::general(format!("{} is not understood: {error}", path.display()))
+            .with_way_out("it was written by another version: use the program that runs `substrate up`")
+    })
+}
+
+/// The actor of a name in the command's atespace; a uid (a UUID) works everywhere.
+pub fn actor_ref(global: &Global, name: &str) -> ActorRef {
+    if uuid::Uuid::try_parse(name).is_ok() {
+        ActorRef { uid: name.to_owned(), ..ActorRef::default() }
+    } else {
+        ActorRef { atespace: global.atespace.clone(), name: name.to_owned(), uid: String::new() }
+    }
+}
+
+/// A fresh request id: a retry of the same call finds the first one's effect.
+pub fn request_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `substrate version`.
+use serde::Serialize;
+
+use crate::args::Global;
+use crate::client::up_info;
+use crate::cmd::{machine_text, print};
+use crate::failure::Failure;
+
+/// Prints the versions of this program and of the running one, if any.
+pub async fn run(global: &Global) -> Result<(), Failure> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Versions {
+        version: &'static str,
+        running: Option<crate::client::UpInfo>,
+    }
+    let running = match crate::client::connect_unix(&crate::client::socket_path(global)).await {
+        Ok(_) => up_info(global).ok(),
+        Err(_) => None,
+    };
+    let versions = Versions { version: env!("CARGO_PKG_VERSION"), running };
+    if global.output.is_machine() {
+        return print(&machine_text(&versions, global.output)?);
+    }
+    let mut text = format!("substrate {}\n", versions.version);
+    if let Some(up) = &versions.running {
+        text.push_str(&format!(
+            "running   {} (pid {}, {})\nrunsc     {} (sha256 {})\n",
+            up.version,
+            up.pid,
+            up.dir.display(),
+            up.runsc_version,
+            up.runsc_sha256
+        ));
+    } else {
+        text.push_str("running   nothing here\n");
+    }
+    print(&text)
+}

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What `substrate up` is told: a TOML file, overridden by options. docs/config.md lists every key; a test compares.
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::args::{DEFAULT_DIR, DEFAULT_RUN_DIR, Up};
+use crate::failure::{Exit, Failure};
+
+/// The configuration file. Paths are absolute or relative to the working directory; every key is optional.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct File {
+    /// Where everything is kept. Default: `/var/lib/substrate`.
+    pub dir: Option<PathBuf>,
+    /// Where sockets are. Default: `/run/substrate` for the default `dir`, else `DIR/run`.
+    pub run_dir: Option<PathBuf>,
+    /// Worker slots. Default: twice the cores, at least 2.
+    pub workers: Option<u32>,
+    /// Address of the HTTP ingress. Default: `127.0.0.1:8480`.
+    pub listen: Option<SocketAddr>,
+    /// Actors are `ACTOR.ATESPACE.DOMAIN` to ingress. Default: `actors.localhost`.
+    pub domain: Option<String>,
+    /// The runsc binary. Default: looked for, see docs/cli.md.
+    pub runsc: Option<PathBuf>,
+    /// The ateom-gvisor binary. Default: beside substrate, then PATH.
+    pub ateom: Option<PathBuf>,
+    /// A level or tracing filter. Default: `info`.
+    pub log: Option<String>,
+    /// Leave workers running on exit. Default: false.
+    pub leave_workers: Option<bool>,
+    /// The compute driver.
+    pub driver: Driver,
+    /// What actors may reach.
+    pub egress: Egress,
+    /// The control plane.
+    pub control: Control,
+    /// The node agent.
+    pub node: Node,
+}
+
+/// `[driver]`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Driver {
+    /// A `gateway.toml` whose table `[openshell.drivers.substrate]` is read; keys below win. Default: none.
+    pub gateway_config: Option<PathBuf>,
+    /// Its socket. Default: `RUN/driver/driver.sock`.
+    pub socket: Option<PathBuf>,
+    /// User id that may use it, besides root. Default: none.
+    pub peer_uid: Option<u32>,
+    /// Group id that may use it. Default: none.
+    pub peer_gid: Option<u32>,
+    /// Image of sandboxes that name none. Default: none.
+    pub default_image: Option<String>,
+}
+
+/// `[egress]`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Egress {
+    /// DNS server for names that actors may reach. Default: the system's.
+    pub resolver: Option<SocketAddr>,
+    /// Services of this machine or its networks that actors may reach by name although their addresses are refused.
+    /// Default: none.
+    pub published: Vec<Published>,
+    /// Further networks that no rule opens. Default: none.
+    pub refuse: Vec<ipnet::IpNet>,
+}
+
+/// `[[egress.published]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Published {
+    /// Name that templates allow, lower case.
+    pub name: String,
+    /// Port that actors dial.
+    pub port: u16,
+    /// Where it really is.
+    pub target: SocketAddr,
+    /// Atespaces that may use it. Default: all.
+    #[serde(default)]
+    pub atespaces: Vec<String>,
+}
+
+/// `[control]`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Control {
+    /// Idle time after which an actor whose template does not say is suspended, ms; 0: never. Default: 60000.
+    pub idle_suspend_after_ms: Option<u64>,
+    /// Quiet time from which an actor may be suspended to make room, ms; 0: never. Default: 5000.
+    pub evict_after_ms: Option<u64>,
+    /// How long a resume waits for a worker that is being freed, ms. Default: 5000.
+    pub place_wait_ms: Option<u64>,
+    /// Term of the node's lease, ms. Default: 60000.
+    pub lease_term_ms: Option<u64>,
+    /// What is waited beyond a lease, ms. Default: 5000.
+    pub lease_margin_ms: Option<u64>,
+    /// Events kept. Default: 50000.
+    pub events_keep: Option<u64>,
+}
+
+/// `[node]`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Node {
+    /// Name of this node. Default: `local`.
+    pub name: Option<String>,
+    /// Pool of its workers. Default: `default`.
+    pub pool: Option<String>,
+    /// New work is refused when less is free on the disk, bytes. Default: 536870912.
+    pub min_free_bytes: Option<u64>,
+    /// Node snapshots kept as cache, bytes. Default: 8589934592.
+    pub snapshot_cache_bytes: Option<u64>,
+    /// An actor's log is rotated beyond this size, bytes. Default: 16777216.
+    pub log_max_bytes: Option<u64>,
+    /// Rotated logs kept for each container. Default: 2.
+    pub log_files: Option<u32>,
+    /// Boots and restores at the same time. Default: the cores, at least 2.
+    pub concurrent_starts: Option<usize>,
+}
+
+/// Reads a configuration file.
+///
+/// # Errors
+/// Exit code 2 naming file, line and key.
+pub fn read(path: &Path) -> Result<File, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let exit = if error.kind() == std::io::ErrorKind::NotFound { Exit::NotFound } else { Exit::Failed };
+        Failure::new(exit, format!("cannot read {}: {error}", path.display()))
+    })?;
+    parse(&text).map_err(|why| {
+        Failure::usage(format!("{}: {why}", path.display())).with_way_out("docs/config.md lists every key")
+    })
+}
+
+/// Parses a configuration file's text.
+///
+/// # Errors
+/// What the parser says, with line and key.
+pub fn parse(text: &str) -> Result<File, String> {
+    toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())
+}
+
+/// Everything decided; what `up` works with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// State directory, absolute.
+    pub dir: PathBuf,
+    /// Directory of sockets, absolute.
+    pub run: PathBuf,
+    /// Worker slots.
+    pub workers: u32,
+    /// Address of the HTTP ingress.
+    pub listen: SocketAddr,
+    /// Domain of ingress.
+    pub domain: Option<String>,
+    /// Named runsc.
+    pub runsc: Option<PathBuf>,
+    /// Named ateom-gvisor.
+    pub ateom: Option<PathBuf>,
+    /// Tracing filter.
+    pub log: String,
+    /// Leave workers on exit.
+    pub leave_workers: bool,
+    /// Socket of the compute driver, absolute.
+    pub driver_socket: PathBuf,
+    /// The rest of the file.
+    pub file: File,
+}
+
+impl Settings {
+    /// Options win over the file, the file over defaults. `cores` and `cwd` are the machine's.
+    ///
+    /// # Errors
+    /// When a socket would not fit into its address.
+    pub fn resolve(options: &Up, file: File, cores: usize, cwd: &Path) -> Result<Self, Failure> {
+        let absolute = |path: PathBuf| if path.is_absolute() { path } else { cwd.join(path) };
+        let dir = absolute(options.dir.clone().or(file.dir.clone()).unwrap_or_else(|| DEFAULT_DIR.into()));
+        let run = match options.run_dir.clone().or(file.run_dir.clone()) {
+            Some(run) => absolute(run),
+            None if dir == Path::new(DEFAULT_DIR) => DEFAULT_RUN_DIR.into(),
+            None => dir.join("run"),
+        };
+        let driver_socket = options.driver_socket.clone().or(file.driver.socket.clone());
+        let settings = Self {
+            workers: options.workers.or(file.workers).unwrap_or_else(|| (cores as u32 * 2).max(2)),
+            listen: options.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8480))),
+            domain: file.domain.clone(),
+            runsc: options.runsc.clone().or(file.runsc.clone()).map(absolute),
+            ateom: options.ateom.clone().or(file.ateom.clone()).map(absolute),
+            log: options.log.clone().or(file.log.clone()).unwrap_or_else(|| "info".to_owned()),
+            leave_workers: options.leave_workers || file.leave_workers.unwrap_or(false),
+            driver_socket: driver_socket.map_or_else(|| run.join("driver/driver.sock"), absolute),
+            file: File {
+                driver: Driver {
+                    peer_uid: options.driver_peer_uid.or(file.driver.peer_uid),
+                    peer_gid: options.driver_peer_gid.or(file.driver.peer_gid),
+                    ..file.driver.clone()
+                },
+                egress: Egress {
+                    resolver: options.egress_resolver.or(file.egress.resolver),
+                    ..file.egress.clone()
+                },
+                ..file
+            },
+            dir,
+            run,
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        if self.workers == 0 {
+            return Err(Failure::usage("workers is 0: give at least 1"));
+        }
+        // The longest that parts make below the run directory: an ateom's.
+        let worker = self.run.join(format!("workers/{}/ingress.sock", worker_id(self.workers)));
+        for socket in [&worker, &self.driver_socket] {
+            let length = socket.as_os_str().len();
+            if length > substrate_proto::seam::MAX_SOCKET_PATH {
+                return Err(Failure::usage(format!(
+                    "socket path {} has {length} bytes, at most {} fit",
+                    socket.display(),
+                    substrate_proto::seam::MAX_SOCKET_PATH
+                ))
+                .with_way_out("choose a shorter --dir or --run-dir"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ids of the workers, from 1.
+    pub fn worker_ids(&self) -> Vec<String> {
+        (1..=self.workers).map(worker_id).collect()
+    }
+}
+
+fn worker_id(number: u32) -> String {
+    format!("w{number}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(options: &Up, text: &str) -> Result<Settings, Failure> {
+        Settings::resolve(options, parse(text).unwrap(), 2, Path::new("/cwd"))
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_help() {
+        let settings = resolve(&Up::default(), "").unwrap();
+        assert_eq!(settings.dir, Path::new("/var/lib/substrate"));
+        assert_eq!(settings.run, Path::new("/run/substrate"));
+        assert_eq!(settings.driver_socket, Path::new("/run/substrate/driver/driver.sock"));
+        assert_eq!(settings.listen.to_string(), "127.0.0.1:8480");
+        assert_eq!(settings.worker_ids(), ["w1", "w2", "w3", "w4"]);
+    }
+
+    #[test]
+    fn options_win_over_the_file_and_paths_become_absolute() {
+        let options =
+            Up { workers: Some(3), dir: Some("d".into()), driver_peer_uid: Some(7), ..Up::default() };
+        let settings = resolve(
+            &options,
+            "workers = 9\ndir = \"/other\"\nlog = \"debug\"\n[driver]\npeer_uid = 1\npeer_gid = 2\n",
+        )
+        .unwrap();
+        assert_eq!(settings.workers, 3);
+        assert_eq!(settings.dir, Path::new("/cwd/d"));
+        assert_eq!(settings.run, Path::new("/cwd/d/run"));
+        assert_eq!(settings.log, "debug");
+        assert_eq!((settings.file.driver.peer_uid, settings.file.driver.peer_gid), (Some(7), Some(2)));
+    }
+
+    #[test]
+    fn a_socket_that_does_not_fit_is_refused_before_anything_is_made() {
+        let options = Up { dir: Some(format!("/{}", "x".repeat(100)).into()), ..Up::default() };
+        let failure = resolve(&options, "").unwrap_err();
+        assert!(failure.message.contains("at most 107 fit"), "{}", failure.message);
+        assert!(failure.way_out.unwrap().contains("--run-dir"));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_their_line() {
+        let error = parse("workers = 2\n[egress]\nresolvre = \"1.1.1.1:53\"\n").unwrap_err();
+        assert!(error.contains("line 3") && error.contains("resolvre"), "{error}");
+        assert!(parse("listen = \"nowhere\"").is_err());
+    }
+
+    /// Every key of a value, dotted; lists count as their first element.
+    fn keys(value: &serde_json::Value, prefix: &str, out: &mut std::collections::BTreeSet<String>) {
+        match value {
+            serde_json::Value::Object(map) => {
+                for (key, value) in map {
+                    let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    if !value.is_object() {
+                        out.insert(name.clone());
+                    }
+                    keys(value, &name, out);
+                }
+            }
+            serde_json::Value::Array(items) => items.iter().take(1).for_each(|item| keys(item, prefix, out)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn the_document_lists_exactly_the_keys_there_are() {
+        let document = include_str!("../../../docs/config.md");
+        let mut known = std::collections::BTreeSet::new();
+        let published =
+            Published { name: "a".into(), port: 1, target: ([127, 0, 0, 1], 1).into(), atespaces: vec![] };
+        let mut file = File::default();
+        file.egress.published.push(published);
+        keys(&serde_json::to_value(file).unwrap(), "", &mut known);
+        let listed: std::collections::BTreeSet<String> = document
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(key, _)| key.to_owned()))
+            .collect();
+        assert_eq!(listed, known);
+        let example = document.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        parse(example).unwrap();
+    }
+}

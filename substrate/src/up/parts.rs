@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The parts of the one-machine process: each a task that ends with a result, told to end by a token, and named in
+//! what goes wrong with it.
+//!
+//! ```text
+//!   front token: driver, ingress                     end first, so that nothing wakes what is being suspended
+//!   back token:  ateapi, atelet, egress              end last
+//! ```
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::config::Settings;
+use crate::doctor::Runtime;
+use crate::failure::{Doing as _, Failure};
+
+/// What one part's task ended with.
+type Ended = (&'static str, Result<(), String>);
+
+/// The running parts.
+pub struct Parts {
+    tasks: JoinSet<Ended>,
+    front: CancellationToken,
+    back: CancellationToken,
+    /// Parts that belong to the front and still run.
+    front_running: usize,
+}
+
+/// Which token ends a part.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Front,
+    Back,
+}
+
+impl Parts {
+    /// None yet.
+    pub fn new() -> Self {
+        Self {
+            tasks: JoinSet::new(),
+            front: CancellationToken::new(),
+            back: CancellationToken::new(),
+            front_running: 0,
+        }
+    }
+
+    /// Starts everything in the order in which each finds what it needs; returns the ingress address.
+    ///
+    /// # Errors
+    /// The first part that ends before it is ready, by name.
+    pub async fn start(
+        &mut self,
+        settings: &Settings,
+        runtime: &Runtime,
+        ateom: PathBuf,
+    ) -> Result<SocketAddr, Failure> {
+        let api = format!("unix:{}", settings.run.join("ateapi.sock").display());
+        let keys =
+            atenet::token::ensure_key_pair(&settings.dir.join("keys")).doing(|| "ingress keys".to_owned())?;
+        self.spawn("node agent", Side::Back, |ready, token| {
+            atelet::serve(node_config(settings, Some(runtime), ateom), ready, token)
+        })
+        .await?;
+        let egress = egress_config(settings, &api);
+        self.spawn("egress proxy", Side::Back, |ready, token| atenet::egress::serve(egress, ready, token))
+            .await?;
+        self.spawn("control plane", Side::Back, |ready, token| {
+            ateapi::serve(control_config(settings), ready, token)
+        })
+        .await?;
+        let mut ingress = atenet::ingress::Config::new(api.clone(), keys.public);
+        ingress.listen = settings.listen;
+        if let Some(domain) = &settings.domain {
+            ingress.domain.clone_from(domain);
+        }
+        let address = self
+            .spawn("ingress", Side::Front, |ready, token| atenet::ingress::serve(ingress, ready, token))
+            .await?;
+        let driver = driver_config(settings, &api)?;
+        self.spawn("driver", Side::Front, |ready, token| {
+            openshell_driver_substrate::serve(driver, ready, token)
+        })
+        .await?;
+        Ok(address)
+    }
+
+    /// Spawns a part and waits until it is ready.
+    async fn spawn<R, F, E>(
+        &mut self,
+        name: &'static str,
+        side: Side,
+        part: impl FnOnce(oneshot::Sender<R>, CancellationToken) -> F,
+    ) -> Result<R, Failure>
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: std::fmt::Display,
+    {
+        let token = match side {
+            Side::Front => &self.front,
+            Side::Back => &self.back,
+        };
+        let (ready, is_ready) = oneshot::channel();
+        let work = part(ready, token.child_token());
+        self.tasks.spawn(async move { (name, work.await.map_err(|error| error.to_string())) });
+        self.front_running += usize::from(side == Side::Front);
+        tokio::select! {
+            biased;
+            // A part that ends drops its sender, so its result is there in a moment.
+            Ok(value) = is_ready => {
+                tracing::info!(part = name, "ready");
+                Ok(value)
+            }
+            failure = self.failed() => Err(failure),
+        }
+    }
+
+    /// Waits until a part ends although nobody told it to.
+    pub async fn failed(&mut self) -> Failure {
+        match self.tasks.join_next().await {
+            None => std::future::pending().await,
+            Some(joined) => {
+                let (name, result) = ended(joined);
+                let why = result.err().unwrap_or_else(|| "it ended by itself".to_owned());
+                tracing::error!(part = name, why, "a part failed");
+                Failure::general(format!("the {name} failed: {why}"))
+            }
+        }
+    }
+
+    /// Ends the driver and ingress, and waits for them.
+    pub async fn stop_front(&mut self) {
+        self.front.cancel();
+        while self.front_running > 0 {
+            let Some(joined) = self.tasks.join_next().await else { return };
+            let (name, result) = ended(joined);
+            if matches!(name, "driver" | "ingress") {
+                self.front_running -= 1;
+            }
+            note(name, result);
+        }
+    }
+
+    /// Ends everything and waits for it.
+    pub async fn stop(&mut self) {
+        self.front.cancel();
+        self.back.cancel();
+        while let Some(joined) = self.tasks.join_next().await {
+            let (name, result) = ended(joined);
+            note(name, result);
+        }
+    }
+}
+
+fn ended(joined: Result<Ended, tokio::task::JoinError>) -> Ended {
+    joined.unwrap_or_else(|error| ("process", Err(format!("a part died: {error}"))))
+}
+
+fn note(name: &str, result: Result<(), String>) {
+    match result {
+        Ok(()) => tracing::info!(part = name, "ended"),
+        Err(why) => tracing::error!(part = name, why, "ended badly"),
+    }
+}
+
+fn control_config(settings: &Settings) -> ateapi::Config {
+    let node = ateapi::NodeEndpoint {
+        name: node_name(settings),
+        endpoint: format!("unix:{}", settings.run.join("atelet.sock").display()),
+    };
+    let mut config = ateapi::Config::new(
+        settings.dir.join("control/state.db"),
+        settings.dir.join("keys"),
+        settings.run.join("ateapi.sock"),
+        vec![node],
+    );
+    let given = &settings.file.control;
+    let set = |place: &mut u64, value: Option<u64>| *place = value.unwrap_or(*place);
+    set(&mut config.idle_suspend_after_ms, given.idle_suspend_after_ms);
+    set(&mut config.evict_after_ms, given.evict_after_ms);
+    set(&mut config.place_wait_ms, given.place_wait_ms);
+    set(&mut config.lease_term_ms, given.lease_term_ms);
+    set(&mut config.lease_margin_ms, given.lease_margin_ms);
+    set(&mut config.events_keep, given.events_keep);
+    config
+}
+
+fn node_name(settings: &Settings) -> String {
+    settings.file.node.name.clone().unwrap_or_else(|| "local".to_owned())
+}
+
+fn driver_config(settings: &Settings, api: &str) -> Result<openshell_driver_substrate::Config, Failure> {
+    use openshell_driver_substrate::Config;
+    let given = &settings.file.driver;
+    let mut config = match &given.gateway_config {
+        None => Config::default(),
+        Some(path) => {
+            let (config, warnings) =
+                Config::load(path).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
+            for warning in warnings {
+                tracing::warn!(file = %path.display(), warning);
+            }
+            config
+        }
+    };
+    api.clone_into(&mut config.api_endpoint);
+    config.socket_path.clone_from(&settings.driver_socket);
+    config.socket_peer_uid = given.peer_uid.or(config.socket_peer_uid);
+    config.socket_peer_gid = given.peer_gid.or(config.socket_peer_gid);
+    if let Some(image) = &given.default_image {
+        config.default_image.clone_from(image);
+    }
+    Ok(config)
+}
+
+fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -> atelet::Config {
+    let given = &settings.file.node;
+    let pool = given.pool.clone().unwrap_or_else(|| "default".to_owned());
+    let workers =
+        settings.worker_ids().into_iter().map(|id| atelet::WorkerConfig { id, pool: pool.clone() }).collect();
+    let runsc = runtime.map(|runtime| runtime.path.clone()).unwrap_or_default();
+    let mut config = atelet::Config::for_machine(
+        &node_name(settings),
+        &settings.dir,
+        &settings.run,
+        workers,
+        ateom,
+        runsc,
+    );
+    config.runsc_sha256 = runtime.map(|runtime| runtime.sha256.clone());
+    config.min_free_bytes = given.min_free_bytes.unwrap_or(config.min_free_bytes);
+    config.snapshot_cache_bytes = given.snapshot_cache_bytes.unwrap_or(config.snapshot_cache_bytes);
+    config.log_max_bytes = given.log_max_bytes.unwrap_or(config.log_max_bytes);
+    config.log_files = given.log_files.unwrap_or(config.log_files);
+    config.concurrent_starts = given.concurrent_starts.unwrap_or(config.concurrent_starts);
+    config
+}
+
+fn egress_config(settings: &Settings, api: &str) -> atenet::egress::Config {
+    let audit = settings.dir.join("logs/egress-audit.jsonl");
+    let mut config = atenet::egress::Config::new(settings.run.join("egress.sock"), api, audit);
+    let given = &settings.file.egress;
+    config.resolver = given.resolver;
+    config.refuse.clone_from(&given.refuse);
+    config.publish = given
+        .published
+        .iter()
+        .map(|service| atenet::egress::Published {
+            name: service.name.clone(),
+            port: service.port,
+            target: service.target,
+            atespaces: service.atespaces.clone(),
+        })
+        .collect();
+    config
+}
+
+/// Ends the worker processes of an orderly stop.
+///
+/// # Errors
+/// When one does not end.
+pub async fn stop_workers(settings: &Settings, ateom: PathBuf) -> Result<(), Failure> {
+    atelet::stop_workers(&node_config(settings, None, ateom))
+        .await
+        .doing(|| "cannot end the workers".to_owned())
+}
