@@ -1,8 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-//! System calls that no safe wrapper offers. The only module of the crate, with its children, that uses `unsafe`.
+//! System calls that no safe wrapper offers. The only module of the crate that uses `unsafe`.
 #![allow(unsafe_code)]
 use std::io;
-use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use nix::libc;
+use tokio::io::unix::AsyncFd;
+
+mod ioctl {
+    use nix::libc;
+
+    nix::ioctl_write_int_bad!(tiocsctty, libc::TIOCSCTTY);
+    nix::ioctl_write_ptr_bad!(tiocswinsz, libc::TIOCSWINSZ, libc::winsize);
+}
 
 /// A descriptor that becomes readable when the process ends (pidfd_open(2)).
 ///
@@ -10,7 +22,7 @@ use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
 /// ESRCH when there is no such process.
 pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: the call takes two integers and returns a new descriptor or -1.
-    let fd = unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid, 0) };
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -21,6 +33,47 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 /// Nanoseconds on CLOCK_BOOTTIME: goes on while the machine sleeps and never jumps. The clock of leases.
 pub fn boottime_ns() -> i64 {
     use nix::sys::time::TimeValLike as _;
-    // The clock exists since Linux 2.6.39; 0 would only make every lease look unexpired and is never returned.
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(0, |time| time.num_nanoseconds())
+    // The clock exists since Linux 2.6.39. Should it fail, every lease must look expired rather than endless.
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .map_or(i64::MAX, |time| time.num_nanoseconds())
+}
+
+/// Has the runtime watch a descriptor.
+///
+/// # Errors
+/// When it cannot be registered with epoll(7).
+pub(crate) fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd names the same open descriptor from here until it is dropped, which is when AsyncFd
+    // deregisters it.
+    Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+/// Takes ownership of descriptors that the kernel delivered in an SCM_RIGHTS message.
+pub(crate) fn received(fds: &[RawFd]) -> Vec<OwnedFd> {
+    // SAFETY: called once on the numbers that recvmsg(2) just installed for us; nobody else owns them.
+    fds.iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }).collect()
+}
+
+/// Makes the command's standard input its controlling terminal, in a session of its own.
+pub(crate) fn with_terminal(command: &mut Command) {
+    // SAFETY: between fork and exec only the async-signal-safe setsid(2) and ioctl(2) are called, on descriptor 0,
+    // which the standard library has set up before.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            ioctl::tiocsctty(0, 0)?;
+            Ok(())
+        });
+    }
+}
+
+/// Tells a terminal its size; the kernel sends SIGWINCH to its foreground processes.
+///
+/// # Errors
+/// ENOTTY when `terminal` is none.
+pub(crate) fn set_terminal_size(terminal: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: `size` lives through the call, which only reads it.
+    unsafe { ioctl::tiocswinsz(terminal.as_fd().as_raw_fd(), &raw const size) }?;
+    Ok(())
 }

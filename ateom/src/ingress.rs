@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where requests enter: `ingress.sock`, one connection per request (`atenet/v1/flow.proto`).
+//!
+//! The router says which copy of which actor it means; the gate decides ([`Occupancy::pass_ingress`]) before anything
+//! reaches the actor, so `STALE` and `NOT_NOW` always mean that the request may be sent elsewhere. Then bytes pass
+//! both ways until both sides are done, or until the actor's connections are cut.
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use prost::Message as _;
+use substrate_proto::atenet::ingress_opened::Code;
+use substrate_proto::atenet::{IngressOpen, IngressOpened};
+use substrate_proto::seam::{ListenError, Peers, listen};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Semaphore;
+use tokio_stream::StreamExt as _;
+
+use crate::network::ACTOR_V4;
+use crate::occupancy::{Occupancy, Pass};
+
+/// Connections at once; more wait to be accepted.
+const MAX_CONNECTIONS: usize = 4096;
+const MAX_OPEN: usize = 4096;
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Listens and serves until the process ends.
+///
+/// # Errors
+/// When the socket cannot be opened.
+pub fn serve(path: &Path, occupancy: Occupancy) -> Result<(), ListenError> {
+    let mut connections = Box::pin(listen(path, Peers::default())?);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    tokio::spawn(async move {
+        while let Some(connection) = connections.next().await {
+            let stream = match connection {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a request");
+                    continue;
+                }
+            };
+            let Ok(permit) = Arc::clone(&slots).acquire_owned().await else { return };
+            let occupancy = occupancy.clone();
+            tokio::spawn(async move {
+                if let Err(error) = serve_connection(stream, &occupancy).await {
+                    tracing::debug!(%error, "a request's connection ended");
+                }
+                drop(permit);
+            });
+        }
+    });
+    Ok(())
+}
+
+async fn serve_connection(mut router: UnixStream, occupancy: &Occupancy) -> io::Result<()> {
+    let open = tokio::time::timeout(OPEN_LIMIT, read_open(&mut router)).await??;
+    let pass = match occupancy.pass_ingress(&open.actor_uid, open.generation) {
+        Ok(pass) => pass,
+        Err(code) => return answer(&mut router, code, "").await,
+    };
+    let port = if open.port == 0 { pass.default_port } else { open.port };
+    let Some(port) = u16::try_from(port).ok().filter(|port| *port != 0) else {
+        return answer(&mut router, Code::Refused, "the actor has no such port").await;
+    };
+    let address = SocketAddr::new(ACTOR_V4.into(), port);
+    let connected = tokio::select! {
+        () = pass.cut.cancelled() => return answer(&mut router, Code::NotNow, "it is going away").await,
+        connected = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(address)) => connected,
+    };
+    let actor = match connected {
+        Ok(Ok(actor)) => actor,
+        Ok(Err(error)) => {
+            let message = format!("nothing answers on the actor's port {port}: {error}");
+            return answer(&mut router, Code::Refused, &message).await;
+        }
+        Err(_) => {
+            let message = format!("the actor's port {port} does not answer in {} s", CONNECT_LIMIT.as_secs());
+            return answer(&mut router, Code::Refused, &message).await;
+        }
+    };
+    actor.set_nodelay(true)?;
+    answer(&mut router, Code::Ok, "").await?;
+    let mut actor = Counted { stream: actor, pass };
+    let cut = actor.pass.cut.clone();
+    tokio::select! {
+        () = cut.cancelled() => {
+            // What was in flight is lost with the actor; a reset says so, an orderly end would not.
+            if let Err(error) = actor.stream.set_zero_linger() {
+                tracing::debug!(%error, "cannot reset a connection");
+            }
+            Ok(())
+        }
+        copied = tokio::io::copy_bidirectional(&mut router, &mut actor) => copied.map(drop),
+    }
+}
+
+async fn read_open(router: &mut UnixStream) -> io::Result<IngressOpen> {
+    let mut length: usize = 0;
+    for shift in (0..).step_by(7) {
+        let byte = router.read_u8().await?;
+        length |= usize::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            break;
+        }
+        // Two bytes hold more than MAX_OPEN.
+        if shift >= 7 {
+            length = usize::MAX;
+            break;
+        }
+    }
+    if length > MAX_OPEN {
+        return Err(io::Error::other("an IngressOpen is never this long"));
+    }
+    let mut message = vec![0; length];
+    router.read_exact(&mut message).await?;
+    IngressOpen::decode(message.as_slice()).map_err(io::Error::other)
+}
+
+async fn answer(router: &mut UnixStream, code: Code, message: &str) -> io::Result<()> {
+    let opened = IngressOpened { code: code.into(), message: message.to_owned() };
+    router.write_all(&opened.encode_length_delimited_to_vec()).await
+}
+
+/// The actor's side of a request; notes when bytes pass.
+struct Counted {
+    stream: TcpStream,
+    pass: Pass,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let result = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if result.is_ready() {
+            self.pass.touch();
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write(context, bytes);
+        if result.is_ready() {
+            self.pass.touch();
+        }
+        result
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn ask(bytes: &[u8], occupancy: &Occupancy) -> Option<IngressOpened> {
+        let (mut router, ours) = UnixStream::pair().unwrap();
+        let served = tokio::spawn({
+            let occupancy = occupancy.clone();
+            async move { serve_connection(ours, &occupancy).await }
+        });
+        router.write_all(bytes).await.unwrap();
+        let mut answer = Vec::new();
+        router.read_to_end(&mut answer).await.unwrap();
+        // The outcome of the connection is what was answered.
+        drop(served.await.unwrap());
+        IngressOpened::decode_length_delimited(answer.as_slice()).ok()
+    }
+
+    #[tokio::test]
+    async fn requests_for_nobody_are_stale_and_garbage_is_closed() {
+        let occupancy = Occupancy::new("w1");
+        let open = IngressOpen { actor_uid: "u".repeat(200), generation: 1, port: 0 };
+        let answer = ask(&open.encode_length_delimited_to_vec(), &occupancy).await.unwrap();
+        assert_eq!(answer.code(), Code::Stale);
+        assert!(ask(&[0xff, 0xff, 0xff, 0xff], &occupancy).await.is_none());
+    }
+}
