@@ -203,7 +203,7 @@ impl Index {
             next: AtomicU64::new(0),
             _lock: lock,
         };
-        let scratch = index.temporary().map_err(|error| io("create", error))?;
+        let scratch = index.temporary();
         std::fs::create_dir(scratch.path()).map_err(|error| io("create", error))?;
         overlay::probe(scratch.path())
             .map_err(|reason| ImageError::Unsuitable { dir: dir.clone(), reason })?;
@@ -215,9 +215,9 @@ impl Index {
     }
 
     /// A new name in `tmp/`; nothing is there yet.
-    pub fn temporary(&self) -> io::Result<Temporary> {
+    pub fn temporary(&self) -> Temporary {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        Ok(Temporary(self.dir.join("tmp").join(number.to_string())))
+        Temporary(self.dir.join("tmp").join(number.to_string()))
     }
 
     /// Pins a digest; see the module.
@@ -350,7 +350,7 @@ impl Index {
         if target.exists() {
             return Ok(Some(target));
         }
-        let made = self.temporary()?;
+        let made = self.temporary();
         std::fs::create_dir(made.path())?;
         if !overlay::write_attributes(lowers, made.path())? {
             return Ok(None);
@@ -460,7 +460,7 @@ impl Index {
 
     /// Moves a tree to where it is removed when the answer is dropped.
     fn take(&self, path: &Path) -> io::Result<Temporary> {
-        let target = self.temporary()?;
+        let target = self.temporary();
         std::fs::rename(path, target.path())?;
         Ok(target)
     }
@@ -478,7 +478,7 @@ impl Index {
     }
 
     fn write(&self, kind: &str, digest: &Digest, record: &impl Serialize) -> io::Result<()> {
-        let temporary = self.temporary()?;
+        let temporary = self.temporary();
         let mut file = File::create_new(temporary.path())?;
         file.write_all(&serde_json::to_vec(record)?)?;
         file.sync_all()?;
@@ -497,7 +497,7 @@ impl Index {
 
     /// Replaces a small file of the store. Not fsynced: for what may be lost in a crash, but not torn.
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let temporary = self.temporary()?;
+        let temporary = self.temporary();
         std::fs::write(temporary.path(), bytes)?;
         std::fs::rename(temporary.path(), self.dir.join(name))
     }

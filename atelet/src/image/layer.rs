@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use super::error::ImageError;
 use super::reference::Digest;
 use super::tarball::{Kind, TarError, Tarball};
-use super::tree::{Finished, PlaceError, Placed, Tree};
+use super::tree::{Finished, PlaceError, Placed, Tree, finish_file};
 
 /// What images may cost.
 #[derive(Debug, Clone)]
@@ -40,8 +40,8 @@ impl Default for Limits {
             image_bytes: 32 << 30,
             layer_bytes: 32 << 30,
             layer_inodes: 1_000_000,
-            layer_time: Duration::from_secs(20 * 60),
-            image_time: Duration::from_secs(60 * 60),
+            layer_time: Duration::from_mins(20),
+            image_time: Duration::from_hours(1),
         }
     }
 }
@@ -319,7 +319,7 @@ fn unpack(
             }
             bytes += member.size.next_multiple_of(4096);
         }
-        tree.finish_file(&file, &member).map_err(place)?;
+        finish_file(&file, &member).map_err(place)?;
     }
     // The digest is of everything, also of what comes after the end of the archive.
     let mut meter = archive.into_inner();

@@ -103,30 +103,20 @@ impl Layout {
         };
         let Some(tag) = &reference.tag else {
             return match manifests.as_slice() {
-                [] => Err(self.not_found(reference, "its index is empty".into())),
+                [] => Err(not_found(reference, "its index is empty")),
                 [only] => Ok(only.digest.clone()),
                 _ if manifests.iter().all(|entry| entry.tag().is_none()) => {
                     select(&manifests, platform, &self.name).map(|entry| entry.digest.clone())
                 }
-                _ => {
-                    Err(self
-                        .not_found(reference, format!("it holds several, name one: {}", tags(&manifests))))
-                }
+                _ => Err(not_found(reference, &format!("it holds several, name one: {}", tags(&manifests)))),
             };
         };
         let tagged: Vec<Descriptor> =
             manifests.iter().filter(|entry| entry.tag() == Some(tag.as_str())).cloned().collect();
         match tagged.as_slice() {
-            [] => Err(self.not_found(reference, format!("it has no tag `{tag}`, but: {}", tags(&manifests)))),
+            [] => Err(not_found(reference, &format!("it has no tag `{tag}`, but: {}", tags(&manifests)))),
             [only] => Ok(only.digest.clone()),
             several => select(several, platform, &self.name).map(|entry| entry.digest.clone()),
-        }
-    }
-
-    fn not_found(&self, reference: &Reference, reason: String) -> ImageError {
-        ImageError::NotFound {
-            image: reference.to_string(),
-            reason: format!("the layout was read, {reason}"),
         }
     }
 
@@ -181,6 +171,10 @@ impl Layout {
             }
         }
     }
+}
+
+fn not_found(reference: &Reference, reason: &str) -> ImageError {
+    ImageError::NotFound { image: reference.to_string(), reason: format!("the layout was read, {reason}") }
 }
 
 fn blob_path(digest: &Digest) -> String {

@@ -205,22 +205,22 @@ impl FromStr for Reference {
         };
         if let Some(rest) = name.strip_prefix("oci:") {
             let (path, tag) = local(rest).map_err(bad)?;
-            return Ok(Self { source: Source::Layout(path), tag: unless(&digest, tag), digest });
+            return Ok(Self { source: Source::Layout(path), tag: unless(digest.as_ref(), tag), digest });
         }
         if let Some(rest) = name.strip_prefix("oci-archive:") {
             let (path, tag) = local(rest).map_err(bad)?;
-            return Ok(Self { source: Source::Archive(path), tag: unless(&digest, tag), digest });
+            return Ok(Self { source: Source::Archive(path), tag: unless(digest.as_ref(), tag), digest });
         }
         let (repository, tag) = registry(name).map_err(bad)?;
         if digest.is_none() && tag.is_none() {
             return Err(bad("it names neither a tag nor a digest: append `:TAG` or `@sha256:…`".into()));
         }
-        Ok(Self { source: Source::Registry(repository), tag: unless(&digest, tag), digest })
+        Ok(Self { source: Source::Registry(repository), tag: unless(digest.as_ref(), tag), digest })
     }
 }
 
 /// The digest decides where both are given; keeping the tag would make two names for one pinned image.
-fn unless(digest: &Option<Digest>, tag: Option<String>) -> Option<String> {
+fn unless(digest: Option<&Digest>, tag: Option<String>) -> Option<String> {
     if digest.is_some() { None } else { tag }
 }
 

@@ -405,19 +405,18 @@ impl Registry {
             Failure::Transient(ImageError::Unreachable { host: host.to_owned(), reason }, None)
         };
         let response = if request.uri().scheme_str() == Some("https") {
-            let client = match self.tls.get() {
-                Some(client) => client,
-                None => {
-                    let client = tls_client(&self.config).map_err(|error| {
-                        Failure::Final(ImageError::Unreachable {
-                            host: host.to_owned(),
-                            reason: format!(
-                                "no CA certificates are installed ({error}): install ca-certificates"
-                            ),
-                        })
-                    })?;
-                    self.tls.get_or_init(|| client)
-                }
+            let client = if let Some(client) = self.tls.get() {
+                client
+            } else {
+                let client = tls_client(&self.config).map_err(|error| {
+                    Failure::Final(ImageError::Unreachable {
+                        host: host.to_owned(),
+                        reason: format!(
+                            "no CA certificates are installed ({error}): install ca-certificates"
+                        ),
+                    })
+                })?;
+                self.tls.get_or_init(|| client)
             };
             client.request(request)
         } else {
@@ -673,13 +672,15 @@ fn uri_without_query(uri: &str) -> &str {
 }
 
 fn form(fields: &[(&str, &str)]) -> String {
+    use std::fmt::Write as _;
     let encode = |text: &str| {
         let mut out = String::with_capacity(text.len());
         for byte in text.bytes() {
             if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
                 out.push(byte as char);
             } else {
-                out.push_str(&format!("%{byte:02X}"));
+                // Writing to a string cannot fail.
+                let _ = write!(out, "%{byte:02X}");
             }
         }
         out

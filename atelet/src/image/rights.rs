@@ -36,13 +36,13 @@ fn seconds(time: SystemTime) -> u64 {
 }
 
 impl Rights {
-    /// Reads what [`Rights::to_bytes`] wrote. Unreadable is the same as empty: the checks are made again.
+    /// Reads what [`Rights::prune`] wrote. Unreadable is the same as empty: the checks are made again.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self { checks: serde_json::from_slice(bytes).unwrap_or_default() }
     }
 
-    /// For the disk, without what is older than `grace`.
-    pub fn to_bytes(&mut self, grace: Duration, now: SystemTime) -> Vec<u8> {
+    /// Forgets what is older than `grace` and gives the rest for the disk.
+    pub fn prune(&mut self, grace: Duration, now: SystemTime) -> Vec<u8> {
         let now = seconds(now);
         self.checks.retain(|_, checked| now.saturating_sub(*checked) <= grace.as_secs());
         serde_json::to_vec(&self.checks).unwrap_or_default()
@@ -83,12 +83,12 @@ mod tests {
 
     #[test]
     fn a_check_ages_and_is_of_one_atespace_and_source() {
-        let (ttl, grace) = (Duration::from_secs(60), Duration::from_secs(600));
+        let (ttl, grace) = (Duration::from_mins(1), Duration::from_mins(10));
         let start = UNIX_EPOCH + Duration::from_secs(1_000_000);
         let digest = Digest::of(b"x");
         let mut rights = Rights::default();
         rights.grant(("a", "reg/repo", &digest), start);
-        let mut rights = Rights::from_bytes(&rights.to_bytes(grace, start));
+        let mut rights = Rights::from_bytes(&rights.prune(grace, start));
         let standing = |rights: &Rights, who, source, after: u64| {
             rights.standing((who, source, &digest), ttl, grace, start + Duration::from_secs(after))
         };
@@ -102,7 +102,7 @@ mod tests {
         rights.revoke(("a", "reg/repo", &digest));
         assert_eq!(standing(&rights, "a", "reg/repo", 1), Standing::None);
         rights.grant(("a", "reg/repo", &digest), start);
-        let later = rights.to_bytes(grace, start + Duration::from_secs(601));
+        let later = rights.prune(grace, start + Duration::from_secs(601));
         assert_eq!(standing(&Rights::from_bytes(&later), "a", "reg/repo", 1), Standing::None);
     }
 }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The image store: what is asked of it, and in which order it does it. The module above tells the whole.
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::hash::Hash;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -15,6 +14,8 @@ use super::error::ImageError;
 use super::index::{Collected, ImageRecord, Index, LayerRecord, Pin, Usage};
 use super::layer::{self, Expected, Limits};
 use super::layout::Layout;
+use super::locks::Locks;
+use super::progress::{JobState, Meter, Phase, Progress};
 use super::reference::{Digest, Reference, Source};
 use super::registry::{Caller, Registry, RegistryConfig};
 use super::rights::{Rights, Standing};
@@ -56,8 +57,8 @@ impl Config {
             platform: Platform::host(),
             limits: Limits::default(),
             registry: RegistryConfig::default(),
-            right_ttl: Duration::from_secs(10 * 60),
-            right_grace: Duration::from_secs(24 * 60 * 60),
+            right_ttl: Duration::from_mins(10),
+            right_grace: Duration::from_hours(24),
             parallel_pulls: 4,
             parallel_unpacks: std::thread::available_parallelism().map_or(2, usize::from),
         }
@@ -107,46 +108,6 @@ impl Image {
     }
 }
 
-/// What is going on with an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
-    /// Finding out what the reference means and whether it may be had.
-    Resolving,
-    /// Layers are being pulled, and unpacked as they arrive.
-    Pulling,
-    /// All layers are here; some are still being unpacked.
-    Extracting,
-    /// Done.
-    Ready,
-}
-
-impl Phase {
-    /// As in `atelet.v1.EnsureImageProgress`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Resolving => "resolving",
-            Self::Pulling => "pulling",
-            Self::Extracting => "extracting",
-            Self::Ready => "ready",
-        }
-    }
-}
-
-/// How far it is; bytes are of compressed layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// What is going on.
-    pub phase: Phase,
-    /// Bytes of this phase that are done.
-    pub bytes_done: u64,
-    /// Bytes of this phase in all; 0 means not known.
-    pub bytes_total: u64,
-}
-
-impl Progress {
-    const START: Self = Self { phase: Phase::Resolving, bytes_done: 0, bytes_total: 0 };
-}
-
 /// Keeps images for a node; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ImageStore {
@@ -168,12 +129,6 @@ struct Inner {
     jobs: Mutex<HashMap<(String, Reference), watch::Receiver<JobState>>>,
     extractions: AtomicU64,
     pulled_bytes: AtomicU64,
-}
-
-#[derive(Debug, Clone)]
-struct JobState {
-    progress: Progress,
-    outcome: Option<Result<Image, ImageError>>,
 }
 
 impl ImageStore {
@@ -218,12 +173,11 @@ impl ImageStore {
         let inner = &self.inner;
         let deadline = inner.config.limits.image_time;
         let work = async {
-            let (digest, config) = match inner.known(atespace, reference).await? {
-                Some(record) => (record.digest.clone(), record.config.clone()),
-                None => {
-                    let described = inner.describe(atespace, reference).await?;
-                    (described.digest, described.config.config)
-                }
+            let (digest, config) = if let Some((record, _)) = inner.known(atespace, reference).await? {
+                (record.digest.clone(), record.config.clone())
+            } else {
+                let described = inner.describe(atespace, reference).await?;
+                (described.digest, described.config.config)
             };
             Ok(ResolvedImage { pinned_reference: reference.with_digest(digest.clone()), digest, config })
         };
@@ -365,8 +319,17 @@ impl Inner {
         if locked(&self.rights).standing(right, ttl, grace, SystemTime::now()) != Standing::Fresh {
             return None;
         }
-        let record = self.index.image(digest).filter(|record| record.sources.contains(&source))?;
-        self.mounted(reference, &record.digest).await.ok()
+        let (record, pin) = self.find(digest, &source)?;
+        self.mounted(reference, &record, pin).await.ok()
+    }
+
+    /// The image with this digest if this very source delivered it; pinned.
+    fn find(&self, digest: &Digest, source: &str) -> Option<(Arc<ImageRecord>, Pin)> {
+        let found = self.index.image(digest)?;
+        let pin = self.index.pin(&found.digest);
+        // Only with the pin held is it sure to stay.
+        let record = self.index.image(&found.digest)?;
+        record.sources.contains(source).then_some((record, pin))
     }
 
     /// The image if this node has it from this very source, after the atespace's right was checked.
@@ -374,20 +337,18 @@ impl Inner {
         self: &Arc<Self>,
         atespace: &str,
         reference: &Reference,
-    ) -> Result<Option<Arc<ImageRecord>>, ImageError> {
+    ) -> Result<Option<(Arc<ImageRecord>, Pin)>, ImageError> {
         self.check_roots(reference)?;
         let Some(digest) = &reference.digest else { return Ok(None) };
         let source = reference.source.to_string();
-        let Some(record) = self.index.image(digest).filter(|record| record.sources.contains(&source)) else {
-            return Ok(None);
-        };
+        let Some(found) = self.find(digest, &source) else { return Ok(None) };
         let right = (atespace, source.as_str(), digest);
         let (ttl, grace) = (self.config.right_ttl, self.config.right_grace);
         let standing = locked(&self.rights).standing(right, ttl, grace, SystemTime::now());
         let is_local = !matches!(reference.source, Source::Registry(_));
         // A look at a local layout costs nothing and is always made.
         if standing == Standing::Fresh && !is_local {
-            return Ok(Some(record));
+            return Ok(Some(found));
         }
         let checked = match self.origin(atespace, reference).await {
             Ok(Origin::Registry(caller)) => self.registry.check(&caller, "manifests", digest).await,
@@ -413,13 +374,13 @@ impl Inner {
                 return Err(error);
             }
         }
-        Ok(Some(record))
+        Ok(Some(found))
     }
 
     async fn grant(self: &Arc<Self>, right: (&str, &str, &Digest)) -> Result<(), ImageError> {
         locked(&self.rights).grant(right, SystemTime::now());
         let _turn = self.rights_file.lock().await;
-        let bytes = locked(&self.rights).to_bytes(self.config.right_grace, SystemTime::now());
+        let bytes = locked(&self.rights).prune(self.config.right_grace, SystemTime::now());
         let inner = Arc::clone(self);
         blocking("noting rights", move || {
             inner.index.write_file("rights.json", &bytes).map_err(|error| {
@@ -527,8 +488,8 @@ impl Inner {
         reference: &Reference,
         meter: &Arc<Meter>,
     ) -> Result<Image, ImageError> {
-        if let Some(record) = self.known(atespace, reference).await? {
-            return self.mounted(reference, &record.digest).await;
+        if let Some((record, pin)) = self.known(atespace, reference).await? {
+            return self.mounted(reference, &record, pin).await;
         }
         let described = self.describe(atespace, reference).await?;
         let total = described.layers.iter().try_fold(0_u64, |sum, layer| sum.checked_add(layer.size));
@@ -564,7 +525,7 @@ impl Inner {
         };
         let pin = self.index.pin(&described.digest);
         let inner = Arc::clone(self);
-        blocking("recording an image", move || {
+        let record = blocking("recording an image", move || {
             inner
                 .index
                 .add_image(record)
@@ -572,9 +533,7 @@ impl Inner {
         })
         .await?;
         drop(pins);
-        let image = self.mounted(reference, &described.digest).await?;
-        drop(pin);
-        Ok(image)
+        self.mounted(reference, &record, pin).await
     }
 
     /// Makes sure that a layer is here and that this source has it.
@@ -650,7 +609,7 @@ impl Inner {
         };
         let _permit = self.pulls.acquire().await;
         let io = |error| ImageError::io("create a file for a blob", &self.config.dir, error);
-        let temporary = self.index.temporary().map_err(io)?;
+        let temporary = self.index.temporary();
         let path = temporary.path();
         let mut options = tokio::fs::OpenOptions::new();
         let mut file = options.read(true).write(true).create_new(true).open(path).await.map_err(io)?;
@@ -676,7 +635,7 @@ impl Inner {
     ) -> Result<(), ImageError> {
         let io =
             |error| ImageError::io(format!("unpack layer {}", expected.diff_id), &self.config.dir, error);
-        let target = self.index.temporary().map_err(io)?;
+        let target = self.index.temporary();
         std::fs::create_dir(target.path()).map_err(io)?;
         // What a layer does not say about its root.
         std::fs::set_permissions(target.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
@@ -701,16 +660,15 @@ impl Inner {
     }
 
     /// Mounts an image of the index and hands it out.
-    async fn mounted(self: &Arc<Self>, reference: &Reference, digest: &Digest) -> Result<Image, ImageError> {
-        let pin = Arc::new(self.index.pin(digest));
-        // Only now, with the pin held, is it sure to stay.
-        let record = self.index.image(digest).ok_or_else(|| ImageError::Internal {
-            what: format!("mounting image {digest}"),
-            reason: "it was collected at this moment: ask again".into(),
-        })?;
-        let _alone = self.image_locks.lock(digest.clone()).await;
+    async fn mounted(
+        self: &Arc<Self>,
+        reference: &Reference,
+        record: &Arc<ImageRecord>,
+        pin: Pin,
+    ) -> Result<Image, ImageError> {
+        let _alone = self.image_locks.lock(record.digest.clone()).await;
         let inner = Arc::clone(self);
-        let of_record = Arc::clone(&record);
+        let of_record = Arc::clone(record);
         let rootfs = blocking("mounting an image", move || {
             let rootfs = inner.index.mount(&of_record).map_err(|error| {
                 ImageError::io(format!("mount image {}", of_record.digest), &inner.config.dir, error)
@@ -720,99 +678,13 @@ impl Inner {
         })
         .await?;
         Ok(Image {
-            pinned_reference: reference.with_digest(digest.clone()),
-            digest: digest.clone(),
+            pinned_reference: reference.with_digest(record.digest.clone()),
+            digest: record.digest.clone(),
             rootfs,
             config: record.config.clone(),
             size: record.size,
-            _pin: pin,
+            _pin: Arc::new(pin),
         })
-    }
-}
-
-/// Sums up what the layers of one image do, and tells those who follow.
-#[derive(Debug)]
-struct Meter {
-    sender: watch::Sender<JobState>,
-    total: AtomicU64,
-    pulled: AtomicU64,
-    unpacked: AtomicU64,
-}
-
-impl Meter {
-    fn new(sender: watch::Sender<JobState>) -> Self {
-        let zero = || AtomicU64::new(0);
-        Self { sender, total: zero(), pulled: zero(), unpacked: zero() }
-    }
-
-    fn begin(&self, total: u64) {
-        self.total.store(total, Ordering::Relaxed);
-        self.tell();
-    }
-
-    fn pulled(&self, bytes: u64) {
-        self.pulled.fetch_add(bytes, Ordering::Relaxed);
-        self.tell();
-    }
-
-    fn unpacked(&self, bytes: u64) {
-        self.unpacked.fetch_add(bytes, Ordering::Relaxed);
-        self.tell();
-    }
-
-    /// A layer that is here already.
-    fn skip(&self, bytes: u64) {
-        self.unpacked.fetch_add(bytes, Ordering::Relaxed);
-        self.pulled(bytes);
-    }
-
-    fn tell(&self) {
-        let total = self.total.load(Ordering::Relaxed);
-        let pulled = self.pulled.load(Ordering::Relaxed).min(total);
-        let (phase, bytes_done) = if pulled < total {
-            (Phase::Pulling, pulled)
-        } else {
-            (Phase::Extracting, self.unpacked.load(Ordering::Relaxed).min(total))
-        };
-        let next = Progress { phase, bytes_done, bytes_total: total };
-        self.sender.send_if_modified(|state| {
-            let step = (total / 200).max(1);
-            // Layers report from several threads: never tell an older state after a newer one.
-            let is_worth_telling = phase > state.progress.phase
-                || phase == state.progress.phase && bytes_done >= state.progress.bytes_done + step;
-            if is_worth_telling {
-                state.progress = next;
-            }
-            is_worth_telling
-        });
-    }
-}
-
-/// A lock per key, gone when nobody holds or waits for it.
-#[derive(Debug)]
-struct Locks<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
-
-impl<K> Default for Locks<K> {
-    fn default() -> Self {
-        Self(Mutex::default())
-    }
-}
-
-impl<K: Eq + Hash> Locks<K> {
-    async fn lock(&self, key: K) -> tokio::sync::OwnedMutexGuard<()> {
-        let lock = {
-            let mut locks = locked(&self.0);
-            locks.retain(|_, lock| lock.strong_count() > 0);
-            match locks.get(&key).and_then(Weak::upgrade) {
-                Some(lock) => lock,
-                None => {
-                    let lock = Arc::default();
-                    locks.insert(key, Arc::downgrade(&lock));
-                    lock
-                }
-            }
-        };
-        lock.lock_owned().await
     }
 }
 

@@ -21,6 +21,9 @@ const MAX_PAX: u64 = 1 << 20;
 /// Most pieces of a sparse file.
 const MAX_PIECES: usize = 100_000;
 
+/// Offset and length of each piece of a sparse file that has data, and the file's apparent size.
+type Pieces = (Vec<(u64, u64)>, u64);
+
 /// What a member is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -248,7 +251,7 @@ impl<R: Read> Tarball<R> {
         let link = pax
             .link
             .clone()
-            .or_else(|| header.link_name_bytes().map(|bytes| bytes.into_owned()))
+            .or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned))
             .unwrap_or_default();
         let owner = |from_pax: Option<u64>, own: io::Result<u64>, what: &str| {
             let id = from_pax.map_or(own, Ok).map_err(|error| self.format(&format!("{what}: {error}")))?;
@@ -282,7 +285,7 @@ impl<R: Read> Tarball<R> {
         Ok(member)
     }
 
-    fn gnu_pieces(&mut self, header: &Header) -> Result<(Vec<(u64, u64)>, u64), TarError> {
+    fn gnu_pieces(&mut self, header: &Header) -> Result<Pieces, TarError> {
         let Some(gnu) = header.as_gnu() else {
             return Err(self.format("a sparse member without a GNU header"));
         };
@@ -311,7 +314,7 @@ impl<R: Read> Tarball<R> {
     }
 
     /// The pieces of a PAX sparse file, if this is one.
-    fn pax_pieces(&mut self, pax: &Pax) -> Result<Option<(Vec<(u64, u64)>, u64)>, TarError> {
+    fn pax_pieces(&mut self, pax: &Pax) -> Result<Option<Pieces>, TarError> {
         let numbers = match (pax.sparse_major, pax.sparse_minor) {
             (Some(1), Some(0)) => self.map_in_data()?,
             (None | Some(0), _) if pax.sparse_size.is_some() => pax.sparse_numbers.clone(),

@@ -73,7 +73,7 @@ fn refuse<T>(reason: impl Into<String>) -> Result<T, PlaceError> {
 pub(super) enum Placed {
     /// Nothing: there is none.
     Done,
-    /// Write it into this file, then hand it to [`Tree::finish_file`].
+    /// Write it into this file, then hand it to [`finish_file`].
     File(File),
 }
 
@@ -148,7 +148,7 @@ impl Tree {
         }
         let parent = self.parent(dir)?;
         let name = CString::new(name).map_err(io::Error::from)?;
-        let existing = self.existing(&parent, &name)?;
+        let existing = existing_at(&parent, &name)?;
         if member.kind == Kind::Directory {
             return self.directory(&parent, &name, existing, &path, member).map(|()| Placed::Done);
         }
@@ -190,13 +190,6 @@ impl Tree {
             Kind::Directory | Kind::Device | Kind::Other(_) => {}
         }
         Ok(Placed::Done)
-    }
-
-    /// Gives a file whose data is complete its attributes.
-    pub fn finish_file(&self, file: &File, member: &Member) -> Result<(), PlaceError> {
-        apply(file, member)?;
-        rustix::fs::futimens(file, &timestamps(member.mtime))?;
-        Ok(())
     }
 
     /// Sets what had to wait, and makes everything durable.
@@ -259,7 +252,7 @@ impl Tree {
                 Ok(fd) => fd,
                 Err(error @ (Errno::NOENT | Errno::NOTDIR)) => {
                     let name = CString::new(part).map_err(io::Error::from)?;
-                    let existing = self.existing(&above, &name)?;
+                    let existing = existing_at(&above, &name)?;
                     let hidden = existing.is_some_and(|kind| kind == Existing::Whiteout);
                     if existing.is_some() && !hidden {
                         return Err(unusable_parent(prefix, error));
@@ -344,7 +337,7 @@ impl Tree {
         }
         let parent = self.parent(dir)?;
         let name = CString::new(hidden).map_err(io::Error::from)?;
-        match self.existing(&parent, &name)? {
+        match existing_at(&parent, &name)? {
             Some(Existing::Directory) => {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let fd = rustix::fs::openat(&*parent, &name, flags, Mode::empty())?;
@@ -379,25 +372,12 @@ impl Tree {
             Err(error) => return Err(unusable_parent(dir, error)),
         };
         let name = CString::new(name).map_err(io::Error::from)?;
-        match self.existing(&parent, &name)? {
+        match existing_at(&parent, &name)? {
             Some(Existing::Other) => Ok((parent, name)),
             Some(Existing::Directory) => refuse(format!("it is a hard link to the directory `{shown}`")),
             Some(Existing::Whiteout) | None => {
                 refuse(format!("it is a hard link to `{shown}`, which the layer does not have"))
             }
-        }
-    }
-
-    fn existing(&self, parent: &OwnedFd, name: &CString) -> Result<Option<Existing>, PlaceError> {
-        match rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok(Some(match FileType::from_raw_mode(stat.st_mode) {
-                FileType::Directory => Existing::Directory,
-                // Devices are never extracted, so this one is ours.
-                FileType::CharacterDevice => Existing::Whiteout,
-                _ => Existing::Other,
-            })),
-            Err(Errno::NOENT) => Ok(None),
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -435,6 +415,26 @@ enum Existing {
     Directory,
     Whiteout,
     Other,
+}
+
+/// Gives a file whose data is complete its attributes.
+pub(super) fn finish_file(file: &File, member: &Member) -> Result<(), PlaceError> {
+    apply(file, member)?;
+    rustix::fs::futimens(file, &timestamps(member.mtime))?;
+    Ok(())
+}
+
+fn existing_at(parent: &OwnedFd, name: &CString) -> Result<Option<Existing>, PlaceError> {
+    match rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => Existing::Directory,
+            // Devices are never extracted, so this one is ours.
+            FileType::CharacterDevice => Existing::Whiteout,
+            _ => Existing::Other,
+        })),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn descriptor_path(fd: &OwnedFd) -> io::Result<Vec<u8>> {

@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: Apache-2.0
+//! An actor's directories on this host.
+//!
+//! ```text
+//! DIR/node/actors/<uid>/actor.json         see ledger
+//!                      /volumes/<name>/    volumes; `volumes-at` says which snapshot they are equal to
+//! RUN/actors/<uid>/identity/               content of /run/ate
+//!                 /files/<n>               ActorSpec.files
+//! ```
+//!
+//! Identity and files may be secrets, so they are on a tmpfs: if RUN is on a disk, one is mounted on `RUN/actors`.
+//! Both are written anew before each activation, while nothing of the actor runs, in a directory beside that is then
+//! renamed: a restored sandbox sees the new content (its mounts take another source).
+use std::collections::BTreeMap;
+use std::fs::{File, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags};
+use substrate_proto::types::{ActorSpec, Assignment, TemplateSpec};
+
+use super::resolve::Places;
+use crate::durable;
+use crate::error::NodeError;
+use crate::snapshot::node::NodeSnapshot;
+use crate::snapshot::{check_name, volume};
+
+/// Most that one actor's identity and files may hold, bytes.
+const MAX_LATE_BOUND: usize = 8 << 20;
+/// Size of the tmpfs for all actors.
+const TMPFS_OPTIONS: &str = "mode=0700,size=256m";
+
+/// Where all actors' directories are.
+#[derive(Debug, Clone)]
+pub struct ActorPlaces {
+    state: PathBuf,
+    run: PathBuf,
+    logs: PathBuf,
+    /// `run` is in memory.
+    volatile: bool,
+}
+
+impl ActorPlaces {
+    /// Makes the directories, and mounts a tmpfs if `run` is not on one. Without the right to mount, actors with
+    /// files are refused later.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open(state: &Path, run: &Path, logs: &Path) -> io::Result<Self> {
+        durable::create_dir(state)?;
+        durable::create_dir(run)?;
+        std::fs::set_permissions(run, Permissions::from_mode(0o700)).map_err(durable::at("chmod", run))?;
+        durable::create_dir(logs)?;
+        let mut volatile = is_memory(run)?;
+        if !volatile {
+            let mounted = nix::mount::mount(
+                Some("substrate"),
+                run,
+                Some("tmpfs"),
+                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+                Some(TMPFS_OPTIONS),
+            );
+            match mounted {
+                Ok(()) => volatile = true,
+                Err(error) => {
+                    tracing::warn!(
+                        path = %run.display(), %error,
+                        "cannot mount a tmpfs for secrets: actors with files will be refused"
+                    );
+                }
+            }
+        }
+        Ok(Self { state: state.to_owned(), run: run.to_owned(), logs: logs.to_owned(), volatile })
+    }
+
+    /// Unmounts the tmpfs that [`ActorPlaces::open`] mounted on `run`, once nothing uses it.
+    pub fn unmount(run: &Path) {
+        let (Ok(inner), Some(Ok(outer))) = (device(run), run.parent().map(device)) else { return };
+        if inner != outer
+            && let Err(error) = nix::mount::umount2(run, MntFlags::empty())
+        {
+            tracing::warn!(path = %run.display(), %error, "cannot unmount the tmpfs of actors' files");
+        }
+    }
+
+    fn dirs(&self, uid: &str) -> Result<(PathBuf, PathBuf), NodeError> {
+        let uid = check_name("actor uid", uid)?;
+        Ok((self.state.join(uid), self.run.join(uid)))
+    }
+
+    /// Directory of an actor's logs.
+    pub fn log_dir(&self, atespace: &str, actor: &str) -> PathBuf {
+        self.logs.join(atespace).join(actor)
+    }
+
+    /// Writes an actor's identity and files, and makes its volumes: empty, kept, or as the snapshot has them. Nothing
+    /// of the actor may run.
+    ///
+    /// # Errors
+    /// [`NodeError::Invalid`] where a limit is broken, [`NodeError::Io`].
+    pub fn prepare(
+        &self,
+        assignment: &Assignment,
+        template: &TemplateSpec,
+        actor: &ActorSpec,
+        identity: &BTreeMap<String, Vec<u8>>,
+        snapshot: Option<&NodeSnapshot>,
+        keep_volumes: bool,
+    ) -> Result<Places, NodeError> {
+        let (state, run) = self.dirs(&assignment.actor_uid)?;
+        let total: usize = identity.values().map(Vec::len).sum::<usize>()
+            + actor.files.iter().map(|file| file.content.len()).sum::<usize>();
+        if total > MAX_LATE_BOUND {
+            return Err(NodeError::invalid(
+                "files",
+                format!("hold {total} bytes with the identity, at most {MAX_LATE_BOUND} are delivered"),
+            ));
+        }
+        if !self.volatile && !actor.files.is_empty() {
+            return Err(NodeError::Io {
+                what: "delivering the actor's files".to_owned(),
+                source: io::Error::new(
+                    io::ErrorKind::PermissionDenied,
+                    format!(
+                        "{} is on a disk and no tmpfs could be mounted there: run as root",
+                        self.run.display()
+                    ),
+                ),
+            });
+        }
+        let failed = NodeError::io("preparing the actor's directories");
+        let logs = self.log_dir(&assignment.atespace, &assignment.actor_name);
+        let prepared = (|| {
+            private_dir(&run)?;
+            let identity: Vec<(String, u32, &[u8])> = identity
+                .iter()
+                .map(|(name, content)| {
+                    check_name("identity", name)
+                        .map(|name| (name.to_owned(), 0o444, content.as_slice()))
+                        .map_err(io::Error::other)
+                })
+                .collect::<io::Result<_>>()?;
+            write_tree(&run.join("identity"), 0o755, &identity)?;
+            let files: Vec<(String, u32, &[u8])> = actor
+                .files
+                .iter()
+                .enumerate()
+                .map(|(at, file)| (at.to_string(), file.mode & 0o777, file.content.as_slice()))
+                .collect();
+            write_tree(&run.join("files"), 0o700, &files)?;
+            self.prepare_volumes(&state, template, snapshot, keep_volumes)?;
+            durable::create_dir(&logs)
+        })();
+        prepared.map_err(failed)?;
+        Ok(Places {
+            identity: run.join("identity"),
+            volumes: state.join("volumes"),
+            files: actor
+                .files
+                .iter()
+                .enumerate()
+                .map(|(at, file)| (file.path.clone(), run.join("files").join(at.to_string())))
+                .collect(),
+            logs,
+        })
+    }
+
+    fn prepare_volumes(
+        &self,
+        state: &Path,
+        template: &TemplateSpec,
+        snapshot: Option<&NodeSnapshot>,
+        keep: bool,
+    ) -> io::Result<()> {
+        let (volumes, note) = (state.join("volumes"), state.join("volumes-at"));
+        private_dir(state)?;
+        if template.volumes.is_empty() {
+            return Ok(());
+        }
+        private_dir(&volumes)?;
+        let at = std::fs::read_to_string(&note).unwrap_or_default();
+        // From here on they are no snapshot's.
+        durable::remove_file(&note)?;
+        for spec in &template.volumes {
+            let dir = volumes.join(&spec.name);
+            let archive = snapshot.and_then(|snapshot| {
+                let file = (snapshot.record.files.iter())
+                    .find(|file| file.kind == crate::snapshot::FileKind::Volume && file.name == spec.name)?;
+                Some((snapshot, snapshot.path(file)))
+            });
+            match archive {
+                Some((snapshot, _)) if at == mark(snapshot) && dir.is_dir() => {}
+                Some((_, archive)) => volume::unpack(&archive, &dir)?,
+                None if keep && dir.is_dir() => {}
+                None => {
+                    durable::remove_tree(&dir)?;
+                    std::fs::create_dir(&dir).map_err(durable::at("create", &dir))?;
+                    // As Kubernetes' emptyDir: whoever the containers run as can write.
+                    std::fs::set_permissions(&dir, Permissions::from_mode(0o777))
+                        .map_err(durable::at("chmod", &dir))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Directories of an actor's volumes that exist.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`].
+    pub fn volumes(&self, uid: &str) -> Result<Vec<(String, PathBuf)>, NodeError> {
+        let volumes = self.dirs(uid)?.0.join("volumes");
+        let entries = match std::fs::read_dir(&volumes) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(NodeError::io("reading the actor's volumes"))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(NodeError::io("reading the actor's volumes"))?;
+            if let Ok(name) = entry.file_name().into_string()
+                && !name.starts_with('.')
+            {
+                found.push((name, entry.path()));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// Notes that the volumes are as a snapshot has them, so that the next restore of it need not unpack them.
+    pub fn volumes_are_at(&self, uid: &str, snapshot: &NodeSnapshot) {
+        if let Ok((state, _)) = self.dirs(uid)
+            && let Err(error) = std::fs::write(state.join("volumes-at"), mark(snapshot))
+        {
+            tracing::warn!(actor_uid = uid, %error, "cannot note the state of the volumes; they will be unpacked");
+        }
+    }
+
+    /// Forgets the secrets of an actor that does not run. Cleanup: what fails is logged.
+    pub fn forget_secrets(&self, uid: &str) {
+        if let Ok((_, run)) = self.dirs(uid)
+            && let Err(error) = durable::remove_tree(&run)
+        {
+            tracing::warn!(actor_uid = uid, %error, "identity and files of the actor stay behind");
+        }
+    }
+
+    /// Removes everything of an actor but its snapshots.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`]; the call may be sent again.
+    pub fn purge(&self, uid: &str, atespace: &str, actor: &str) -> Result<(), NodeError> {
+        let (state, run) = self.dirs(uid)?;
+        durable::remove_tree(&run)
+            .and_then(|()| durable::remove_tree(&state))
+            .and_then(|()| durable::remove_tree(&self.log_dir(atespace, actor)))
+            .map_err(NodeError::io("removing the actor's directories"))?;
+        // The atespace's directory goes with its last actor.
+        let _ = std::fs::remove_dir(self.logs.join(atespace));
+        Ok(())
+    }
+}
+
+fn mark(snapshot: &NodeSnapshot) -> String {
+    format!("{} {}", snapshot.record.snapshot_id, snapshot.node_digest)
+}
+
+/// Makes one directory, 0700; not fsynced.
+fn private_dir(path: &Path) -> io::Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(durable::at("create", path)(error));
+        }
+        _ => {}
+    }
+    std::fs::set_permissions(path, Permissions::from_mode(0o700)).map_err(durable::at("chmod", path))
+}
+
+/// Replaces a directory by one with exactly these files.
+fn write_tree(dir: &Path, mode: u32, files: &[(String, u32, &[u8])]) -> io::Result<()> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let fresh = dir.with_file_name(format!(".{name}.new"));
+    durable::remove_tree(&fresh)?;
+    std::fs::create_dir(&fresh).map_err(durable::at("create", &fresh))?;
+    for (name, mode, content) in files {
+        let path = fresh.join(name);
+        let mut file = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(durable::at("create", &path))?;
+        file.write_all(content).map_err(durable::at("write", &path))?;
+        // Not by `mode`: the umask would take bits away.
+        file.set_permissions(Permissions::from_mode(*mode)).map_err(durable::at("chmod", &path))?;
+    }
+    std::fs::set_permissions(&fresh, Permissions::from_mode(mode)).map_err(durable::at("chmod", &fresh))?;
+    durable::remove_tree(dir)?;
+    std::fs::rename(&fresh, dir).map_err(durable::at("rename to", dir))
+}
+
+fn is_memory(path: &Path) -> io::Result<bool> {
+    let kind = nix::sys::statfs::statfs(path)
+        .map_err(io::Error::from)
+        .map_err(durable::at("statfs", path))?
+        .filesystem_type();
+    Ok(kind == nix::sys::statfs::TMPFS_MAGIC)
+}
+
+fn device(path: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(path).map(|meta| meta.dev())
+}
+
+#[cfg(test)]
+mod tests {
+    use substrate_proto::types::{File as ActorFile, Volume};
+
+    use super::*;
+
+    struct Bed {
+        dir: tempfile::TempDir,
+        places: ActorPlaces,
+    }
+
+    impl Bed {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let places = ActorPlaces::open(
+                &dir.path().join("state"),
+                &dir.path().join("run"),
+                &dir.path().join("logs"),
+            )
+            .unwrap();
+            Self { dir, places }
+        }
+    }
+
+    impl Drop for Bed {
+        fn drop(&mut self) {
+            ActorPlaces::unmount(&self.dir.path().join("run"));
+        }
+    }
+
+    fn assignment() -> Assignment {
+        Assignment {
+            actor_uid: "u1".into(),
+            atespace: "blue".into(),
+            actor_name: "alice".into(),
+            generation: 1,
+            worker_id: "w".into(),
+        }
+    }
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn identity_and_files_are_written_anew_and_never_on_a_disk() {
+        let bed = Bed::new();
+        let template = TemplateSpec::default();
+        let with_file = |content: &[u8]| ActorSpec {
+            files: vec![ActorFile { path: "/t".into(), mode: 0o400, content: content.to_vec() }],
+            ..ActorSpec::default()
+        };
+        let identity = |entries: &[(&str, &str)]| {
+            entries.iter().map(|(name, value)| ((*name).to_owned(), value.as_bytes().to_vec())).collect()
+        };
+        let prepare = |actor: &ActorSpec, identity: &BTreeMap<String, Vec<u8>>| {
+            bed.places.prepare(&assignment(), &template, actor, identity, None, false)
+        };
+        if !bed.places.volatile {
+            let error = prepare(&with_file(b"secret"), &BTreeMap::new()).unwrap_err();
+            assert!(error.to_string().contains("tmpfs"), "{error}");
+            eprintln!("skipped: cannot mount a tmpfs");
+            return;
+        }
+        prepare(&with_file(b"secret"), &identity(&[("generation", "1"), ("old", "x")])).unwrap();
+        let places = prepare(&with_file(b"renewed"), &identity(&[("generation", "2")])).unwrap();
+        assert_eq!(std::fs::read(places.identity.join("generation")).unwrap(), b"2");
+        assert!(!places.identity.join("old").exists());
+        assert_eq!((mode(&places.identity), mode(&places.identity.join("generation"))), (0o755, 0o444));
+        let (path, source) = &places.files[0];
+        assert_eq!((path.as_str(), mode(source)), ("/t", 0o400));
+        assert_eq!(std::fs::read(source).unwrap(), b"renewed");
+        assert!(is_memory(source.parent().unwrap()).unwrap());
+        assert_eq!(mode(source.parent().unwrap()), 0o700);
+        assert!(prepare(&ActorSpec::default(), &identity(&[("../x", "")])).is_err());
+        let large = with_file(&vec![0; MAX_LATE_BOUND + 1]);
+        assert!(matches!(prepare(&large, &BTreeMap::new()), Err(NodeError::Invalid { .. })));
+        bed.places.forget_secrets("u1");
+        assert!(!source.exists());
+        bed.places.purge("u1", "blue", "alice").unwrap();
+        for dir in ["state", "run", "logs"] {
+            assert_eq!(std::fs::read_dir(bed.dir.path().join(dir)).unwrap().count(), 0, "{dir}");
+        }
+    }
+
+    #[test]
+    fn volumes_start_empty_unless_they_are_kept() {
+        let bed = Bed::new();
+        let template = TemplateSpec {
+            volumes: vec![Volume { name: "data".into(), size: String::new() }],
+            ..TemplateSpec::default()
+        };
+        let prepare = |keep| {
+            let none = BTreeMap::new();
+            let places = bed
+                .places
+                .prepare(&assignment(), &template, &ActorSpec::default(), &none, None, keep)
+                .unwrap();
+            places.volumes.join("data")
+        };
+        let data = prepare(false);
+        assert_eq!(mode(&data), 0o777);
+        std::fs::write(data.join("x"), b"1").unwrap();
+        assert!(prepare(true).join("x").exists());
+        assert!(!prepare(false).join("x").exists());
+        assert_eq!(bed.places.volumes("u1").unwrap().len(), 1);
+        assert!(bed.places.volumes("other").unwrap().is_empty());
+    }
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where durable snapshots live, behind one small trait.
+//!
+//! Specification, checked for every implementation by the [`conformance`] suite:
+//! * An object is immutable: [`BlobStore::put`] creates it if it is absent and never replaces it.
+//! * It appears whole or not at all, and OK means durable: a put whose stream fails, or that runs out of space, or
+//!   whose process dies, leaves no object.
+//! * Keys are paths of plain components ([`Key`]); they carry the actor's uid and generation:
+//!   `actors/<uid>/<generation>-<snapshot id>/manifest` and `…/packs/<random>`.
+//! * A listing may lag behind; nothing but collection and a look-up without generation rests on one.
+use std::fmt;
+use std::ops::Range;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use tonic::Code;
+
+#[cfg(test)]
+mod conformance;
+pub mod fault;
+mod local;
+
+pub use local::LocalStore;
+
+/// Content on its way into the store. An error in it ends the put.
+pub type ByteStream = BoxStream<'static, std::io::Result<Bytes>>;
+
+/// Longest key in bytes (S3's limit).
+const MAX_KEY: usize = 1024;
+
+/// Name of an object: components of `A-Z a-z 0-9 . _ -`, not beginning with a dot, joined by `/`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key(String);
+
+impl Key {
+    /// Checks a key.
+    ///
+    /// # Errors
+    /// [`BlobError::BadKey`].
+    pub fn new(key: impl Into<String>) -> Result<Self, BlobError> {
+        let key = key.into();
+        let plain = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        };
+        if key.len() > MAX_KEY || !key.split('/').all(plain) {
+            return Err(BlobError::BadKey(key.chars().take(80).collect()));
+        }
+        Ok(Self(key))
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What went wrong with a blob store.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    /// Not a key.
+    #[error(
+        "{0:?} is not a key of a blob store: components of letters, digits, '.', '_' and '-' joined by '/'"
+    )]
+    BadKey(String),
+    /// The object is there already.
+    #[error("{0} exists in the blob store already")]
+    Exists(Key),
+    /// There is no such object.
+    #[error("{key} is not in the blob store {store}")]
+    NotFound {
+        /// Which.
+        key: Key,
+        /// Where.
+        store: String,
+    },
+    /// The range is not inside the object.
+    #[error("{key} in the blob store has {size} bytes, {range:?} were asked for: it is truncated")]
+    OutOfRange {
+        /// Which.
+        key: Key,
+        /// Its size.
+        size: u64,
+        /// Asked for.
+        range: Range<u64>,
+    },
+    /// The store is full.
+    #[error("the blob store {store} is full while writing {key}: free space there; nothing of it was kept")]
+    Full {
+        /// Which.
+        key: Key,
+        /// Where.
+        store: String,
+    },
+    /// What was to be written could not be read or made.
+    #[error("what was to be written to {key} failed: {source}")]
+    Source {
+        /// Which.
+        key: Key,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The store cannot be reached or failed.
+    #[error("the blob store {store} failed for {key}: {source}")]
+    Unavailable {
+        /// Which object or prefix.
+        key: String,
+        /// Where.
+        store: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+impl BlobError {
+    pub(crate) fn code_and_reason(&self) -> (Code, &'static str) {
+        match self {
+            Self::BadKey(_) => (Code::InvalidArgument, "BLOB_KEY"),
+            Self::Exists(_) => (Code::AlreadyExists, "BLOB_EXISTS"),
+            Self::NotFound { .. } | Self::OutOfRange { .. } => (Code::DataLoss, "BLOB_MISSING"),
+            Self::Full { .. } => (Code::ResourceExhausted, "STORE_FULL"),
+            Self::Source { .. } => (Code::Internal, "BLOB_SOURCE"),
+            Self::Unavailable { .. } => (Code::Unavailable, "STORE_UNAVAILABLE"),
+        }
+    }
+}
+
+/// A store of immutable objects.
+#[async_trait]
+pub trait BlobStore: Send + Sync + fmt::Debug {
+    /// Where it is, for messages; no credentials.
+    fn location(&self) -> String;
+
+    /// Writes an object if there is none of this key, and returns its size in bytes. OK means durable.
+    ///
+    /// # Errors
+    /// [`BlobError::Exists`], [`BlobError::Full`], [`BlobError::Source`], [`BlobError::Unavailable`]; nothing is left.
+    async fn put(&self, key: &Key, content: ByteStream) -> Result<u64, BlobError>;
+
+    /// Reads exactly a range.
+    ///
+    /// # Errors
+    /// [`BlobError::NotFound`], [`BlobError::OutOfRange`], [`BlobError::Unavailable`].
+    async fn get(&self, key: &Key, range: Range<u64>) -> Result<Bytes, BlobError>;
+
+    /// Size of an object in bytes, `None` when there is none.
+    ///
+    /// # Errors
+    /// [`BlobError::Unavailable`].
+    async fn head(&self, key: &Key) -> Result<Option<u64>, BlobError>;
+
+    /// Deletes an object; one that is not there is no error.
+    ///
+    /// # Errors
+    /// [`BlobError::Unavailable`].
+    async fn delete(&self, key: &Key) -> Result<(), BlobError>;
+
+    /// Keys below a directory (`actors/<uid>`), sorted.
+    ///
+    /// # Errors
+    /// [`BlobError::Unavailable`].
+    async fn list(&self, directory: &Key) -> Result<Vec<Key>, BlobError>;
+}
+
+/// A stream of one piece.
+pub fn whole(content: impl Into<Bytes>) -> ByteStream {
+    Box::pin(futures::stream::once(std::future::ready(Ok(content.into()))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_that_leave_their_store_are_refused() {
+        for good in ["a", "actors/u-1/3-s.x/manifest"] {
+            assert!(Key::new(good).is_ok(), "{good}");
+        }
+        for bad in ["", "/", "/a", "a/", "a//b", "..", "a/../b", ".hidden", "a/.tmp", "a b", "a\0", "é"] {
+            assert!(Key::new(bad).is_err(), "{bad}");
+        }
+        assert!(Key::new("x".repeat(MAX_KEY + 1)).is_err());
+    }
+}

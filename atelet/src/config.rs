@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a node agent is told at its start.
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::{Error, image};
+
+/// One worker slot of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Unique on the node and in the cluster; a DNS-1123 label.
+    pub id: String,
+    /// Pool it belongs to. Default: `default`.
+    #[serde(default = "default_pool")]
+    pub pool: String,
+}
+
+/// What images may cost and where they may come from.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ImageLimits {
+    /// Compressed bytes of one image. Default: 32 GiB.
+    pub image_bytes: u64,
+    /// Uncompressed bytes of one layer. Default: 32 GiB.
+    pub layer_bytes: u64,
+    /// Files, directories and links of one layer. Default: 1,000,000.
+    pub layer_inodes: u64,
+    /// Time to unpack one layer, s. Default: 1200.
+    pub layer_seconds: u64,
+    /// Time for a whole image, s. Default: 3600.
+    pub image_seconds: u64,
+    /// Directories that `oci:` and `oci-archive:` references must be beneath. Default: none, which allows any.
+    pub local_roots: Vec<PathBuf>,
+    /// Credentials for registries. Default: none, which means anonymous.
+    pub credentials: Option<PathBuf>,
+}
+
+impl Default for ImageLimits {
+    fn default() -> Self {
+        let limits = image::Limits::default();
+        Self {
+            image_bytes: limits.image_bytes,
+            layer_bytes: limits.layer_bytes,
+            layer_inodes: limits.layer_inodes,
+            layer_seconds: limits.layer_time.as_secs(),
+            image_seconds: limits.image_time.as_secs(),
+            local_roots: Vec::new(),
+            credentials: None,
+        }
+    }
+}
+
+impl ImageLimits {
+    /// Settings of the image store in `dir`.
+    pub(crate) fn store(&self, dir: PathBuf) -> image::Config {
+        image::Config {
+            credentials: self.credentials.clone(),
+            local_roots: self.local_roots.clone(),
+            limits: image::Limits {
+                image_bytes: self.image_bytes,
+                layer_bytes: self.layer_bytes,
+                layer_inodes: self.layer_inodes,
+                layer_time: Duration::from_secs(self.layer_seconds),
+                image_time: Duration::from_secs(self.image_seconds),
+            },
+            ..image::Config::new(dir)
+        }
+    }
+}
+
+/// Configuration of a node agent. Paths are absolute; sizes are bytes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of this node, unique in the cluster.
+    pub node: String,
+    /// State: images, node snapshots, actors' volumes, workers. Made 0700.
+    pub dir: PathBuf,
+    /// Sockets and what may never be on a disk (identity and files of actors). If it is not on a tmpfs, one is
+    /// mounted below it.
+    pub run_dir: PathBuf,
+    /// The local blob store.
+    pub blobs: PathBuf,
+    /// Keys: `master.key` and `atespaces/<name>.key`. Made 0700.
+    pub keys: PathBuf,
+    /// Logs: of the workers (`workers/<id>.log`) and of actors (`actors/<atespace>/<actor>/<container>.log`).
+    pub logs: PathBuf,
+    /// Where `atelet.v1.Node` is served.
+    pub socket: PathBuf,
+    /// The worker slots. Workers of an earlier run that are not named here are ended when they are empty.
+    #[serde(default)]
+    pub workers: Vec<WorkerConfig>,
+    /// The `ateom-gvisor` to start.
+    pub ateom_binary: PathBuf,
+    /// The runsc that ateoms run.
+    pub runsc: PathBuf,
+    /// Its sha256 (hex), checked by each ateom. Default: not checked.
+    #[serde(default)]
+    pub runsc_sha256: Option<String>,
+    /// Socket of the egress proxy, handed to ateoms.
+    pub egress_socket: PathBuf,
+    /// Parent of the workers' control groups, relative. Default: `substrate`.
+    #[serde(default = "default_cgroup")]
+    pub cgroup: String,
+    /// Limits on images.
+    #[serde(default)]
+    pub image_limits: ImageLimits,
+    /// New work is refused when less than this is free on the disk of `dir`. Default: 512 MiB.
+    #[serde(default = "default_min_free")]
+    pub min_free_bytes: u64,
+    /// Node snapshots that the control plane allowed to drop stay as cache up to this much in all. Default: 8 GiB.
+    #[serde(default = "default_cache")]
+    pub snapshot_cache_bytes: u64,
+    /// An actor's log is rotated beyond this size. Default: 16 MiB.
+    #[serde(default = "default_log_bytes")]
+    pub log_max_bytes: u64,
+    /// Rotated logs kept for each container. Default: 2.
+    #[serde(default = "default_log_files")]
+    pub log_files: u32,
+    /// Restores and boots at the same time; more wait. Default: the number of cores, at least 2.
+    #[serde(default = "default_restores")]
+    pub concurrent_starts: usize,
+    /// How long a new ateom may take until it answers, ms. Default: 30 s.
+    #[serde(default = "default_start_ms")]
+    pub worker_start_ms: u64,
+}
+
+fn default_pool() -> String {
+    "default".to_owned()
+}
+fn default_cgroup() -> String {
+    "substrate".to_owned()
+}
+fn default_min_free() -> u64 {
+    512 << 20
+}
+fn default_cache() -> u64 {
+    8 << 30
+}
+fn default_log_bytes() -> u64 {
+    16 << 20
+}
+fn default_log_files() -> u32 {
+    2
+}
+fn default_restores() -> usize {
+    cores().max(2)
+}
+fn default_start_ms() -> u64 {
+    30_000
+}
+
+/// Cores this process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(2, std::num::NonZero::get)
+}
+
+impl Config {
+    /// The layout of one machine as docs/architecture.md draws it: state under `dir`, sockets under `run`.
+    pub fn for_machine(
+        node: &str,
+        dir: &Path,
+        run: &Path,
+        workers: Vec<WorkerConfig>,
+        ateom_binary: PathBuf,
+        runsc: PathBuf,
+    ) -> Self {
+        Self {
+            node: node.to_owned(),
+            dir: dir.join("node"),
+            run_dir: run.to_owned(),
+            blobs: dir.join("blobs"),
+            keys: dir.join("keys"),
+            logs: dir.join("logs"),
+            socket: run.join("atelet.sock"),
+            workers,
+            ateom_binary,
+            runsc,
+            runsc_sha256: None,
+            egress_socket: run.join("egress.sock"),
+            cgroup: default_cgroup(),
+            image_limits: ImageLimits::default(),
+            min_free_bytes: default_min_free(),
+            snapshot_cache_bytes: default_cache(),
+            log_max_bytes: default_log_bytes(),
+            log_files: default_log_files(),
+            concurrent_starts: default_restores(),
+            worker_start_ms: default_start_ms(),
+        }
+    }
+
+    /// Checks what can be checked without touching the machine.
+    pub(crate) fn validate(&self) -> Result<(), Error> {
+        let mut seen = std::collections::BTreeSet::new();
+        for worker in &self.workers {
+            if !is_label(&worker.id) {
+                return Err(Error::Config(format!(
+                    "workers: id {:?} is not a DNS-1123 label (a-z, 0-9, '-', at most 63)",
+                    worker.id
+                )));
+            }
+            if !seen.insert(&worker.id) {
+                return Err(Error::Config(format!("workers: id {:?} is named twice", worker.id)));
+            }
+        }
+        for (name, path) in [
+            ("dir", &self.dir),
+            ("run_dir", &self.run_dir),
+            ("blobs", &self.blobs),
+            ("keys", &self.keys),
+            ("logs", &self.logs),
+            ("ateom_binary", &self.ateom_binary),
+            ("runsc", &self.runsc),
+        ] {
+            if !path.is_absolute() {
+                return Err(Error::Config(format!("{name}: {} is not an absolute path", path.display())));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A DNS-1123 label: what names of workers, atespaces, actors, containers and volumes are.
+pub(crate) fn is_label(text: &str) -> bool {
+    (1..=63).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_leave_their_directory_are_no_labels() {
+        for good in ["a", "w-1", "0"] {
+            assert!(is_label(good), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "A", "-a", "a-", "a_b", &"x".repeat(64)] {
+            assert!(!is_label(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let text = r#"{"id": "w1", "pol": "x"}"#;
+        let error = serde_json::from_str::<WorkerConfig>(text).unwrap_err().to_string();
+        assert!(error.contains("pol"), "{error}");
+    }
+}

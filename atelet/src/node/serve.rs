@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Start, shutdown and upkeep of a node agent.
+//!
+//! **Start.** Directories, keys, images, then the workers (adopted or started), then the socket; `ready` is told when
+//! the socket serves. Workers come up meanwhile: calls wait for them, the session tells about them.
+//!
+//! **Shutdown.** The workers stay: they outlive this process by design, and the next one adopts them. A full stop is
+//! [`stop_workers`] afterwards: it ends workers whose slots are empty and leaves those that still hold an actor.
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use ateom::cgroup::Hierarchy;
+use nix::fcntl::{Flock, FlockArg};
+use substrate_proto::atelet::node_server::NodeServer;
+use substrate_proto::ateom::slot_status::Phase;
+use substrate_proto::ateom::{GetStatusRequest, ShutdownRequest};
+use substrate_proto::seam;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::Node;
+use super::service::Service;
+use super::session::Hub;
+use crate::actor::ledger::Ledger;
+use crate::actor::place::ActorPlaces;
+use crate::blob::LocalStore;
+use crate::config::cores;
+use crate::disk::Disk;
+use crate::flight::Flights;
+use crate::image::ImageStore;
+use crate::logs::Logs;
+use crate::snapshot::FileKeyStore;
+use crate::snapshot::node::NodeSnapshots;
+use crate::snapshot::restore::Durable;
+use crate::worker::process::{Process, boot_id};
+use crate::worker::{News, Settings, Worker, dial};
+use crate::{Config, Error, durable};
+
+/// How often logs and the snapshot cache are looked at.
+const UPKEEP: Duration = Duration::from_secs(10);
+/// How long calls under way may take to end at a shutdown.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long a worker may take to end.
+const WORKER_END: Duration = Duration::from_secs(30);
+/// Uploads at the same time: each uses all cores by itself.
+const UPLOADS: usize = 2;
+/// Largest message: a template with files.
+const MAX_MESSAGE: usize = 16 << 20;
+
+/// Runs the node agent until `shutdown`. `ready` is told once the socket serves. Workers stay when it returns.
+///
+/// # Errors
+/// [`Error`]; what was started of the workers goes on and is adopted by the next start.
+pub async fn serve(
+    config: Config,
+    ready: oneshot::Sender<()>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    config.validate()?;
+    let (preparing, lock) = {
+        let config = config.clone();
+        crate::blocking(move || prepare(&config)).await?
+    };
+    let images = ImageStore::open(config.image_limits.store(config.dir.join("images"))).await?;
+    let hierarchy = Hierarchy::detect()?;
+    let settings = Arc::new(settings(&config));
+    let stop = CancellationToken::new();
+    let hub = Arc::new(Hub::default());
+    let mut tasks = Vec::new();
+    let node = Arc::new_cyclic(|node: &Weak<Node>| {
+        let mut workers = BTreeMap::new();
+        for worker in &config.workers {
+            let node = node.clone();
+            let listener = Arc::new(move |id: &str, news: News| {
+                if let Some(node) = node.upgrade() {
+                    node.take_news(id, news);
+                }
+            });
+            let (handle, task) = Worker::supervise(
+                Arc::clone(&settings),
+                Arc::clone(&hierarchy),
+                &worker.id,
+                &worker.pool,
+                listener,
+                stop.clone(),
+            );
+            tasks.push(task);
+            workers.insert(worker.id.clone(), handle);
+        }
+        let Prepared { boot_id, snapshots, durable, places, ledger } = preparing;
+        Node {
+            boot_id,
+            images,
+            snapshots,
+            durable,
+            places,
+            ledger,
+            logs: Logs::new(&config.logs.join("actors"), config.log_max_bytes, config.log_files),
+            disk: Disk::new(&config.dir, config.min_free_bytes),
+            workers,
+            hub: Arc::clone(&hub),
+            lease: Mutex::default(),
+            granted: watch::Sender::new(None),
+            lease_wanted: tokio::sync::Notify::new(),
+            starting: Mutex::default(),
+            held: Mutex::default(),
+            activations: Flights::default(),
+            checkpoints: Flights::default(),
+            uploads: Flights::default(),
+            fetches: Flights::default(),
+            releases: Flights::default(),
+            starts: Arc::new(Semaphore::new(config.concurrent_starts.max(1))),
+            upload_slots: Arc::new(Semaphore::new(UPLOADS)),
+            config,
+        }
+    });
+    end_strangers(&settings, &node.config).await;
+    let upkeep = tokio::spawn(upkeep(Arc::clone(&node), stop.clone()));
+    let socket = node.config.socket.clone();
+    let incoming = seam::listen(&socket, seam::Peers::default())?;
+    let service = NodeServer::new(Service(Arc::clone(&node)))
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    tracing::info!(node = node.config.node, socket = %socket.display(), workers = node.workers.len(), "node agent");
+    // The caller may not care.
+    let _ = ready.send(());
+    let stopping = shutdown.clone();
+    let server = tonic::transport::Server::builder()
+        .add_service(service)
+        .serve_with_incoming_shutdown(incoming, async move { stopping.cancelled().await });
+    let mut server = std::pin::pin!(server);
+    let served = tokio::select! {
+        served = &mut server => served,
+        // Streams of the control plane never end by themselves.
+        () = async { shutdown.cancelled().await; tokio::time::sleep(DRAIN).await } => Ok(()),
+    };
+    stop.cancel();
+    for task in tasks.into_iter().chain([upkeep]) {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a task of the node agent failed");
+        }
+    }
+    drop(lock);
+    served.map_err(|source| Error::Serve { socket, source })
+}
+
+struct Prepared {
+    boot_id: String,
+    snapshots: NodeSnapshots,
+    durable: Durable,
+    places: ActorPlaces,
+    ledger: Ledger,
+}
+
+fn prepare(config: &Config) -> Result<(Prepared, Flock<std::fs::File>), Error> {
+    for dir in [&config.dir, &config.run_dir, &config.keys, &config.logs] {
+        durable::create_dir(dir)?;
+    }
+    durable::create_dir(&config.logs.join("workers"))?;
+    let lock = lock(&config.dir.join("atelet.lock"))?;
+    let keys = Arc::new(FileKeyStore::open(&config.keys)?);
+    let store = Arc::new(LocalStore::open(&config.blobs)?);
+    let prepared = Prepared {
+        boot_id: boot_id()?,
+        snapshots: NodeSnapshots::open(&config.dir.join("snapshots"), cores())?,
+        durable: Durable::new(store, keys, cores()),
+        places: ActorPlaces::open(
+            &config.dir.join("actors"),
+            &config.run_dir.join("actors"),
+            &config.logs.join("actors"),
+        )?,
+        ledger: Ledger::open(&config.dir.join("actors"))?,
+    };
+    Ok((prepared, lock))
+}
+
+/// One node agent on a directory: two would adopt the same workers.
+fn lock(path: &Path) -> Result<Flock<std::fs::File>, Error> {
+    let file = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(durable::at("open", path))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| Error::Locked(path.to_owned()))
+}
+
+fn settings(config: &Config) -> Settings {
+    Settings {
+        state: config.dir.join("workers"),
+        run: config.run_dir.join("workers"),
+        logs: config.logs.join("workers"),
+        ateom: config.ateom_binary.clone(),
+        runsc: config.runsc.clone(),
+        runsc_sha256: config.runsc_sha256.clone(),
+        egress_socket: config.egress_socket.clone(),
+        cgroup: config.cgroup.clone(),
+        start_limit: Duration::from_millis(config.worker_start_ms),
+    }
+}
+
+impl Node {
+    /// News of a worker: what was lost is noted before it is told.
+    fn take_news(&self, id: &str, mut news: News) {
+        let Some(worker) = self.workers.get(id) else { return };
+        let view = worker.view();
+        if let News::Lost { assignment, .. } = &mut news {
+            // A worker that died while nobody watched is asked for nothing: what was started there is in the ledger.
+            if assignment.is_none() {
+                *assignment = self.ledger.on_worker(id).into_iter().next();
+            }
+            if let Some(lost) = assignment {
+                // Its generation must not come back by a late retry.
+                if let Err(error) = self.ledger.end(lost) {
+                    tracing::warn!(%error, "a late start would not be recognised after a restart of this process");
+                }
+                self.release_images(lost);
+            }
+        }
+        self.hub.news(id, news, Self::worker_message(worker), &view);
+    }
+}
+
+async fn upkeep(node: Arc<Node>, stop: CancellationToken) {
+    let mut interval = tokio::time::interval(UPKEEP);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = stop.cancelled() => return,
+        }
+        let node = Arc::clone(&node);
+        crate::blocking(move || {
+            node.logs.rotate();
+            // A disk that fills up takes the cache first.
+            let tight = node.disk.admit("the cache", node.config.min_free_bytes).is_err();
+            let limit = if tight { 0 } else { node.config.snapshot_cache_bytes };
+            match node.snapshots.evict(limit) {
+                Ok(0) => {}
+                Ok(freed) => tracing::info!(freed, "evicted cached snapshots"),
+                Err(error) => tracing::warn!(%error, "cannot evict cached snapshots"),
+            }
+        })
+        .await;
+    }
+}
+
+/// Workers of an earlier configuration: ended if they are empty, else left and said so.
+async fn end_strangers(settings: &Settings, config: &Config) {
+    for id in noted(&settings.state) {
+        if config.workers.iter().any(|worker| worker.id == id) {
+            continue;
+        }
+        match stop_worker(settings, &id).await {
+            Ok(true) => tracing::info!(worker = id, "ended: it is not configured any more"),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(worker = id, %error, "not configured any more, but it goes on"),
+        }
+    }
+}
+
+/// Ids of workers that have a note.
+fn noted(state: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(state) else { return Vec::new() };
+    let mut ids: Vec<String> = entries
+        .flatten()
+        .filter(|entry| entry.path().join("process.json").exists())
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    ids.sort();
+    ids
+}
+
+/// Ends the workers of a node whose agent has stopped: those whose slots are empty. Returns the ids of those that
+/// still hold an actor and were left alone.
+///
+/// # Errors
+/// [`Error::Worker`] when one did not end in time; the others were tried.
+pub async fn stop_workers(config: &Config) -> Result<Vec<String>, Error> {
+    let settings = settings(config);
+    let mut left = Vec::new();
+    let mut failed = None;
+    for id in noted(&settings.state) {
+        match stop_worker(&settings, &id).await {
+            Ok(_) => {}
+            Err(Stop::Busy(_)) => left.push(id),
+            Err(error) => {
+                failed = Some(Error::Worker { worker: id, reason: error.to_string() });
+            }
+        }
+    }
+    if left.is_empty() {
+        let run: PathBuf = config.run_dir.join("actors");
+        crate::blocking(move || ActorPlaces::unmount(&run)).await;
+    }
+    failed.map_or(Ok(left), Err)
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Stop {
+    #[error("its slot is {0}: suspend or delete the actor first")]
+    Busy(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Ends an empty worker. `false`: it did not run.
+async fn stop_worker(settings: &Settings, id: &str) -> Result<bool, Stop> {
+    let note = settings.note(id);
+    let Some(mut process) = Process::adopt(&note) else {
+        return durable::remove_file(&note).map(|()| false).map_err(|error| Stop::Failed(error.to_string()));
+    };
+    let mut client = timeout(WORKER_END, dial(&settings.socket(id)))
+        .await
+        .unwrap_or_else(|_| Err("no answer in time".to_owned()))
+        .map_err(|error| Stop::Failed(format!("it does not answer: {error}")))?;
+    let slot = client
+        .get_status(GetStatusRequest {})
+        .await
+        .map_err(|status| Stop::Failed(status.message().to_owned()))?
+        .into_inner();
+    if !matches!(slot.phase(), Phase::Empty | Phase::Exited | Phase::Lost) {
+        return Err(Stop::Busy(format!("{:?}", slot.phase())));
+    }
+    // Its answer may be lost with its process.
+    let answer = client.shutdown(ShutdownRequest {}).await;
+    match (timeout(WORKER_END, process.ended()).await, answer) {
+        (Ok(_), _) => {
+            durable::remove_file(&note).map(|()| true).map_err(|error| Stop::Failed(error.to_string()))
+        }
+        (Err(_), Err(status)) => Err(Stop::Failed(status.message().to_owned())),
+        (Err(_), Ok(_)) => Err(Stop::Failed("it did not end in time".to_owned())),
+    }
+}

@@ -1,0 +1,498 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Packs: the blocks that a snapshot adds to the blob store, and the upload that writes them. The format is specified
+//! in `docs/snapshot-format.md`.
+//!
+//! ```text
+//!  files ─▶ 1 MiB stretches ─▶ [read · zero? · sha256 · known to a parent? · zstd · seal]  on all cores, in order
+//!        ─▶ offsets, manifest entries ─▶ a few stretches of buffer ─▶ put (streamed as it is made)
+//! ```
+//!
+//! Memory is bounded by the stretches in flight, whatever the snapshot's size. The upload is idempotent: a manifest
+//! that is there already ends it; each attempt has its own data key and its own pack, and an attempt that lost leaves
+//! at most a pack that no manifest names. The manifest is written last: before that the snapshot does not exist (P2).
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use chacha20poly1305::aead::{AeadInPlace as _, KeyInit as _};
+use chacha20poly1305::{ChaCha20Poly1305, Nonce};
+use futures::{StreamExt as _, TryStreamExt as _};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::digest::{Sha, data_extent, sha256};
+use super::manifest::{self, Block, Body, FORMAT_VERSION, Header, MAX_PACKS, Manifest, Pack, Wrapped};
+use super::node::NodeSnapshot;
+use super::restore::Durable;
+use super::{DataKey, SnapshotError};
+use crate::blob::{BlobError, Key, whole};
+
+/// Bytes of an authentication tag.
+pub const TAG: usize = 16;
+/// First bytes of a pack, followed by the version (u32, little endian).
+pub const MAGIC: &[u8; 8] = b"SUBPACK\0";
+/// Bytes before the first block.
+pub const PACK_HEADER: u64 = 12;
+/// Bytes that one task works on.
+const STRETCH: u64 = 1 << 20;
+const LEVEL: i32 = 1;
+
+/// Nonce of what is sealed under a data key: what it is (0: block, 1: manifest body), and its index.
+pub(crate) fn nonce(kind: u32, index: u64) -> [u8; 12] {
+    let mut nonce = [0; 12];
+    nonce[..4].copy_from_slice(&kind.to_le_bytes());
+    nonce[4..].copy_from_slice(&index.to_le_bytes());
+    nonce
+}
+
+/// Seals and opens the blocks of one pack.
+#[derive(Clone)]
+pub struct BlockCipher {
+    cipher: ChaCha20Poly1305,
+    context: Vec<u8>,
+}
+
+impl BlockCipher {
+    /// For the pack that a snapshot wrote.
+    pub fn new(key: &DataKey, actor_uid: &str, snapshot_id: &str) -> Self {
+        let context = format!("substrate pack {FORMAT_VERSION}\0{actor_uid}\0{snapshot_id}\0").into_bytes();
+        Self { cipher: ChaCha20Poly1305::new((&key.0).into()), context }
+    }
+
+    fn context(&self, index: u64, raw: bool) -> Vec<u8> {
+        let mut context = self.context.clone();
+        context.extend_from_slice(&index.to_le_bytes());
+        context.push(u8::from(raw));
+        context
+    }
+
+    /// Compresses (if that helps) and seals a block; says whether it is raw.
+    ///
+    /// # Errors
+    /// Compression or sealing failed.
+    pub fn seal(&self, index: u64, plain: &[u8]) -> io::Result<(Vec<u8>, bool)> {
+        let mut out = Vec::with_capacity(zstd::zstd_safe::compress_bound(plain.len()) + TAG);
+        out.resize(zstd::zstd_safe::compress_bound(plain.len()), 0);
+        let compressed = zstd::bulk::compress_to_buffer(plain, &mut out, LEVEL)?;
+        let raw = compressed >= plain.len();
+        out.truncate(compressed);
+        if raw {
+            out.clear();
+            out.extend_from_slice(plain);
+        }
+        self.cipher
+            .encrypt_in_place(Nonce::from_slice(&nonce(0, index)), &self.context(index, raw), &mut out)
+            .map_err(|_| io::Error::other("a block cannot be sealed"))?;
+        Ok((out, raw))
+    }
+
+    /// Opens a block and checks its length and digest.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn open(
+        &self,
+        index: u64,
+        raw: bool,
+        stored: &[u8],
+        plain_len: usize,
+        digest: &[u8],
+    ) -> Result<Vec<u8>, String> {
+        let mut plain = stored.to_vec();
+        self.cipher
+            .decrypt_in_place(Nonce::from_slice(&nonce(0, index)), &self.context(index, raw), &mut plain)
+            .map_err(|_| "it does not open with its key".to_owned())?;
+        if !raw {
+            let mut out = vec![0; plain_len];
+            let length = zstd::bulk::decompress_to_buffer(&plain, &mut out)
+                .map_err(|error| format!("it cannot be decompressed: {error}"))?;
+            out.truncate(length);
+            plain = out;
+        }
+        if plain.len() != plain_len || sha256(&plain) != digest {
+            return Err("its digest is not the manifest's".to_owned());
+        }
+        Ok(plain)
+    }
+}
+
+/// What an upload did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uploaded {
+    /// sha256 (hex) of the manifest.
+    pub manifest_digest: String,
+    /// Bytes of the snapshot's files.
+    pub bytes: u64,
+    /// Bytes written to the store by this call.
+    pub stored_bytes: u64,
+    /// Every pack the manifest names.
+    pub packs: Vec<String>,
+}
+
+impl Uploaded {
+    fn of(manifest: &Manifest, stored_bytes: u64) -> Self {
+        Self {
+            manifest_digest: manifest.digest.clone(),
+            bytes: manifest.body.files.iter().map(|file| file.size).sum(),
+            stored_bytes,
+            packs: manifest.header.packs.iter().map(|pack| pack.key.clone()).collect(),
+        }
+    }
+}
+
+/// Where a block that a parent has is.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    pack: u32,
+    index: u64,
+    offset: u64,
+    stored: u32,
+    raw: bool,
+}
+
+/// What became of one block.
+enum Done {
+    Known(u64, Known, Sha),
+    New { number: u64, index: u64, raw: bool, sealed: Vec<u8>, digest: Sha },
+}
+
+/// The blocks that may be referenced, and the packs they are in.
+#[derive(Default)]
+struct Parents {
+    packs: Vec<Pack>,
+    blocks: HashMap<Sha, Known>,
+    names: Vec<String>,
+}
+
+impl Parents {
+    /// Collects what committed manifests of the same atespace hold. Of more packs than a manifest may name (with the
+    /// new one), those with the fewest live bytes are left out: their blocks are written again, which bounds the
+    /// length of chains and the number of places a restore reads from.
+    fn new(parents: &[Manifest], atespace: &str) -> Self {
+        let mut live: HashMap<&str, (u64, &Pack)> = HashMap::new();
+        let parents: Vec<&Manifest> =
+            parents.iter().filter(|parent| parent.header.atespace == atespace).collect();
+        for parent in &parents {
+            for block in parent.body.files.iter().flat_map(|file| &file.blocks) {
+                let pack = &parent.header.packs[block.pack as usize];
+                live.entry(&pack.key).or_insert((0, pack)).0 += u64::from(block.stored);
+            }
+        }
+        let mut kept: Vec<(u64, &Pack)> = live.into_values().collect();
+        kept.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.key.cmp(&b.1.key)));
+        kept.truncate(MAX_PACKS - 1);
+        let packs: Vec<Pack> = kept.into_iter().map(|(_, pack)| pack.clone()).collect();
+        let mut blocks = HashMap::new();
+        for parent in &parents {
+            let places: Vec<Option<u32>> = (parent.header.packs.iter())
+                .map(|pack| packs.iter().position(|kept| kept.key == pack.key).map(|at| at as u32))
+                .collect();
+            for block in parent.body.files.iter().flat_map(|file| &file.blocks) {
+                if let (Some(pack), Ok(digest)) =
+                    (places[block.pack as usize], Sha::try_from(block.digest.as_slice()))
+                {
+                    let Block { index, offset, stored, raw, .. } = *block;
+                    blocks.insert(digest, Known { pack, index, offset, stored, raw });
+                }
+            }
+        }
+        let names = parents.iter().map(|parent| parent.header.snapshot_id.clone()).collect();
+        Self { packs, blocks, names }
+    }
+}
+
+/// Reads one stretch of a file and makes its blocks; zero blocks and holes give none.
+fn stretch(
+    file: &fs::File,
+    range: std::ops::Range<u64>,
+    block_size: u64,
+    first_index: u64,
+    parents: &Parents,
+    cipher: &BlockCipher,
+) -> io::Result<Vec<Done>> {
+    let Some(data) = data_extent(file, range.start, range.end)? else { return Ok(Vec::new()) };
+    let start = data.start / block_size * block_size;
+    let mut content = vec![0; (range.end - start) as usize];
+    file.read_exact_at(&mut content, start)?;
+    let mut done = Vec::new();
+    for (at, plain) in content.chunks(block_size as usize).enumerate() {
+        if is_zero(plain) {
+            continue;
+        }
+        let number = start / block_size + at as u64;
+        let index = first_index + (number - range.start / block_size);
+        let digest = sha256(plain);
+        done.push(if let Some(known) = parents.blocks.get(&digest) {
+            Done::Known(number, *known, digest)
+        } else {
+            let (sealed, raw) = cipher.seal(index, plain)?;
+            Done::New { number, index, raw, sealed, digest }
+        });
+    }
+    Ok(done)
+}
+
+fn is_zero(content: &[u8]) -> bool {
+    // Words at a time: the compiler vectorizes this, a byte-wise `all` it does not.
+    let (words, tail) = content.as_chunks::<8>();
+    words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && tail.iter().all(|byte| *byte == 0)
+}
+
+impl Durable {
+    /// Uploads a verified node snapshot: its pack, then its manifest.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; what was written of the pack is removed, or left for collection when the store fails there
+    /// too.
+    pub async fn upload(
+        &self,
+        snapshot: &NodeSnapshot,
+        atespace: &str,
+        parents: &[Manifest],
+    ) -> Result<Uploaded, SnapshotError> {
+        let record = &snapshot.record;
+        let manifest_key = manifest::manifest_key(&record.actor_uid, record.generation, &record.snapshot_id)?;
+        if let Some(found) = self.existing(snapshot, atespace, &manifest_key).await? {
+            return Ok(found);
+        }
+        let key = DataKey::random()?;
+        let context = manifest::key_context(atespace, &record.actor_uid, &record.snapshot_id);
+        let wrapped = self.keys.wrap(atespace, &context, &key).await?;
+        let wrapped = Some(Wrapped { version: wrapped.version, sealed: wrapped.sealed });
+        let pack_key = Key::new(format!(
+            "{}/packs/{}",
+            manifest::directory(&record.actor_uid, record.generation, &record.snapshot_id)?,
+            uuid::Uuid::new_v4().simple()
+        ))?;
+        let parents = Arc::new(Parents::new(parents, atespace));
+        let own = parents.packs.len() as u32;
+        let (files, pack_bytes) =
+            self.write_pack(snapshot, &key, Arc::clone(&parents), own, &pack_key).await?;
+        let mut packs = parents.packs.clone();
+        if pack_bytes > 0 {
+            packs.push(Pack {
+                key: pack_key.to_string(),
+                actor_uid: record.actor_uid.clone(),
+                snapshot_id: record.snapshot_id.clone(),
+                wrapped: wrapped.clone(),
+                length: pack_bytes,
+            });
+        }
+        let mut header = Header {
+            atespace: atespace.to_owned(),
+            actor_uid: record.actor_uid.clone(),
+            snapshot_id: record.snapshot_id.clone(),
+            generation: record.generation,
+            wrapped,
+            packs,
+        };
+        let mut body = Body {
+            compatibility: Some(record.compatibility.clone()),
+            time_ms: record.time_ms,
+            memory_bytes: record.memory_bytes,
+            parents: parents.names.clone(),
+            files,
+        };
+        drop_unused_packs(&mut header, &mut body);
+        let written = async {
+            let content = manifest::encode(&header, &body, &key)?;
+            let digest = hex::encode(sha256(&content));
+            let size = content.len() as u64;
+            self.store.put(&manifest_key, whole(content)).await?;
+            Ok::<_, SnapshotError>(Uploaded::of(&Manifest { header, body, digest }, pack_bytes + size))
+        }
+        .await;
+        match written {
+            Ok(uploaded) => Ok(uploaded),
+            Err(error) => {
+                if pack_bytes > 0 && !matches!(&error, SnapshotError::Blob(BlobError::Unavailable { .. })) {
+                    // Certainly not named by any manifest. After a lost answer it may be.
+                    self.discard(&pack_key).await;
+                }
+                match error {
+                    SnapshotError::Blob(BlobError::Exists(_)) => self
+                        .existing(snapshot, atespace, &manifest_key)
+                        .await?
+                        .ok_or_else(|| SnapshotError::Foreign {
+                            snapshot: record.snapshot_id.clone(),
+                            reason: "its manifest came and went during the upload".to_owned(),
+                        }),
+                    error => Err(error),
+                }
+            }
+        }
+    }
+
+    /// The manifest of this very snapshot, if an earlier upload wrote it.
+    async fn existing(
+        &self,
+        snapshot: &NodeSnapshot,
+        atespace: &str,
+        key: &Key,
+    ) -> Result<Option<Uploaded>, SnapshotError> {
+        let Some(manifest) = self.read_manifest(key, None, atespace, &snapshot.record.snapshot_id).await?
+        else {
+            return Ok(None);
+        };
+        if manifest.record() != snapshot.record {
+            return Err(SnapshotError::Taken {
+                snapshot: snapshot.record.snapshot_id.clone(),
+                found: format!("other content under {key} in the blob store"),
+            });
+        }
+        Ok(Some(Uploaded::of(&manifest, 0)))
+    }
+
+    async fn discard(&self, key: &Key) {
+        if let Err(error) = self.store.delete(key).await {
+            tracing::warn!(%key, %error, "a pack that nothing names stays behind until it is collected");
+        }
+    }
+
+    /// Streams all blocks that no parent has into one pack. Answers the files with their blocks and the pack's size
+    /// in bytes, 0 when there was nothing to write.
+    async fn write_pack(
+        &self,
+        snapshot: &NodeSnapshot,
+        key: &DataKey,
+        parents: Arc<Parents>,
+        own: u32,
+        pack_key: &Key,
+    ) -> Result<(Vec<manifest::File>, u64), SnapshotError> {
+        let record = &snapshot.record;
+        let (sender, mut receiver) = tokio::sync::mpsc::channel::<io::Result<Bytes>>(4);
+        let blocks_out = sender.clone();
+        let put = async {
+            // A pack begins with its first block: a snapshot that is all references has none.
+            let Some(first) = receiver.recv().await else { return Ok(0) };
+            let content = futures::stream::once(async { first }).chain(ReceiverStream::new(receiver));
+            self.store.put(pack_key, content.boxed()).await
+        };
+        let cipher = BlockCipher::new(key, &record.actor_uid, &record.snapshot_id);
+        let blocks = async move {
+            let mut files = Vec::new();
+            let mut offset = PACK_HEADER;
+            let mut first_index = 0;
+            let mut begun = false;
+            for file in &record.files {
+                let block_size = u64::from(file.kind.block_size());
+                let path = snapshot.path(file);
+                let opened = Arc::new(fs::File::open(&path)?);
+                let mut blocks = Vec::new();
+                let first = first_index;
+                first_index += file.size.div_ceil(block_size);
+                let stretches = (0..file.size).step_by(STRETCH as usize).map(|start| {
+                    let range = start..file.size.min(start + STRETCH);
+                    let index = first + start / block_size;
+                    let (opened, parents, cipher) =
+                        (Arc::clone(&opened), Arc::clone(&parents), cipher.clone());
+                    async move {
+                        tokio::task::spawn_blocking(move || {
+                            stretch(&opened, range, block_size, index, &parents, &cipher)
+                        })
+                        .await
+                        .unwrap_or_else(|error| Err(io::Error::other(error)))
+                    }
+                });
+                let mut made = futures::stream::iter(stretches).buffered(self.threads + 1);
+                while let Some(done) = made.try_next().await? {
+                    let mut content = Vec::new();
+                    if !begun && done.iter().any(|done| matches!(done, Done::New { .. })) {
+                        begun = true;
+                        content.extend_from_slice(MAGIC);
+                        content.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+                    }
+                    for block in done {
+                        blocks.push(match block {
+                            Done::Known(number, known, digest) => Block {
+                                number,
+                                pack: known.pack,
+                                index: known.index,
+                                offset: known.offset,
+                                stored: known.stored,
+                                raw: known.raw,
+                                digest: digest.to_vec(),
+                            },
+                            Done::New { number, index, raw, sealed, digest } => {
+                                let stored = sealed.len() as u32;
+                                let block = Block {
+                                    number,
+                                    pack: own,
+                                    index,
+                                    offset,
+                                    stored,
+                                    raw,
+                                    digest: digest.to_vec(),
+                                };
+                                offset += u64::from(stored);
+                                content.extend_from_slice(&sealed);
+                                block
+                            }
+                        });
+                    }
+                    if !content.is_empty() && blocks_out.send(Ok(content.into())).await.is_err() {
+                        // The put has ended with an error of its own.
+                        return Err(io::Error::other("the blob store gave up"));
+                    }
+                }
+                files.push(manifest::File {
+                    name: file.name.clone(),
+                    kind: manifest::File::kind_number(file.kind),
+                    size: file.size,
+                    digest: hex::decode(&file.digest).unwrap_or_default(),
+                    block_size: block_size as u32,
+                    blocks,
+                });
+            }
+            Ok((files, if begun { offset } else { 0 }))
+        };
+        let make = async move {
+            let made: io::Result<_> = blocks.await;
+            if let Err(error) = &made {
+                // Ends the put: without it a truncated pack would be taken for a whole one.
+                let _ = sender.send(Err(io::Error::new(error.kind(), error.to_string()))).await;
+            }
+            drop(sender);
+            made
+        };
+        let (put, made) = tokio::join!(put, make);
+        let written = match (put, made) {
+            (Ok(size), Ok((files, expected))) if size == expected => return Ok((files, size)),
+            (Ok(size), Ok((_, expected))) => Err(SnapshotError::Corrupt {
+                snapshot: record.snapshot_id.clone(),
+                file: "pack".to_owned(),
+                reason: format!("the store took {size} of {expected} bytes"),
+                from: super::Source::Durable,
+            }),
+            (Err(BlobError::Source { source, .. }), _) => Err(SnapshotError::io(&record.snapshot_id)(source)),
+            (Err(error), _) => Err(error.into()),
+            (Ok(_), Err(error)) => Err(SnapshotError::io(&record.snapshot_id)(error)),
+        };
+        self.discard(pack_key).await;
+        written
+    }
+}
+
+/// Leaves out packs that no block is in, so that they can be deleted with their snapshots.
+fn drop_unused_packs(header: &mut Header, body: &mut Body) {
+    let mut used = vec![false; header.packs.len()];
+    for block in body.files.iter().flat_map(|file| &file.blocks) {
+        used[block.pack as usize] = true;
+    }
+    let mut next = 0;
+    let places: Vec<u32> = used
+        .iter()
+        .map(|used| {
+            let place = next;
+            next += u32::from(*used);
+            place
+        })
+        .collect();
+    for block in body.files.iter_mut().flat_map(|file| &mut file.blocks) {
+        block.pack = places[block.pack as usize];
+    }
+    let mut used = used.into_iter();
+    header.packs.retain(|_| used.next().unwrap_or(false));
+}

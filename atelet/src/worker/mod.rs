@@ -1,0 +1,486 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Workers: one process (`ateom`) for each slot, and one task here that owns it.
+//!
+//! ```text
+//!            ┌── adopt: process.json names a live process ──┐
+//!   begin ───┤                                              ├─▶ CONNECTING ─▶ UP ── Watch: status, stats, notices ─▶
+//!            └── fence what is left, start, note, cgroup ───┘       │          │
+//!                          ▲                                        ▼          ▼
+//!                          └── back off ◀── news: lost ◀── FENCED ◀── process ended, or does not answer
+//! ```
+//!
+//! **Fencing.** When an ateom has died or does not answer, its whole control group is killed and seen empty before
+//! anything else happens: before `WorkerLost` is told, before a call that was under way returns, and before another
+//! ateom is started. If the group cannot be emptied (a process stuck in the kernel), the worker stays down and it is
+//! tried again.
+//!
+//! **Restart of this process.** Workers outlive it: they have sessions, control groups and log files of their own. The
+//! next one finds them by their notes and connects to their sockets; what a slot holds is asked of the slot.
+//!
+//! **Calls** do not pass through the task: they use the connection that [`Worker::up`] hands out. A call that fails
+//! because the worker died waits for the fence in [`Worker::fenced_since`].
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ateom::cgroup::{Cgroup, Hierarchy};
+use substrate_proto::ateom::ateom_client::AteomClient;
+use substrate_proto::ateom::slot_status::Phase;
+use substrate_proto::ateom::{
+    GetCapabilitiesRequest, GetCapabilitiesResponse, Notice, SlotStatus, Stats, WatchRequest, slot_event,
+};
+use substrate_proto::types::Assignment;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::error::NodeError;
+
+pub mod process;
+
+use process::{Launch, Process};
+
+/// How long a control group may take to become empty before it is tried again.
+const FENCE: Duration = Duration::from_secs(30);
+/// How long a worker whose process lives may be unreachable before it is killed: it would not enforce its lease.
+const SILENCE: Duration = Duration::from_secs(30);
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+
+/// A connection to an ateom.
+pub type Client = AteomClient<Channel>;
+
+/// What all workers of a node share.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `DIR/node/workers`.
+    pub state: PathBuf,
+    /// `RUN/workers`.
+    pub run: PathBuf,
+    /// `DIR/logs/workers`.
+    pub logs: PathBuf,
+    /// The program.
+    pub ateom: PathBuf,
+    /// Handed on.
+    pub runsc: PathBuf,
+    /// Handed on.
+    pub runsc_sha256: Option<String>,
+    /// Handed on.
+    pub egress_socket: PathBuf,
+    /// Parent of the workers' control groups.
+    pub cgroup: String,
+    /// How long a new one may take to answer.
+    pub start_limit: Duration,
+}
+
+impl Settings {
+    fn launch(&self, id: &str, pool: &str) -> Launch {
+        let path = |path: &Path| path.display().to_string();
+        let mut args = vec![
+            "--worker-id".to_owned(),
+            id.to_owned(),
+            "--pool".to_owned(),
+            pool.to_owned(),
+            "--state-dir".to_owned(),
+            path(&self.state.join(id)),
+            "--run-dir".to_owned(),
+            path(&self.run.join(id)),
+            "--runsc".to_owned(),
+            path(&self.runsc),
+            "--egress-socket".to_owned(),
+            path(&self.egress_socket),
+            "--cgroup".to_owned(),
+            format!("{}/{id}", self.cgroup),
+        ];
+        if let Some(sha256) = &self.runsc_sha256 {
+            args.extend(["--runsc-sha256".to_owned(), sha256.clone()]);
+        }
+        Launch {
+            program: self.ateom.clone(),
+            args,
+            log: self.logs.join(format!("{id}.log")),
+            note: self.note(id),
+        }
+    }
+
+    /// Where the process of a worker is noted.
+    pub fn note(&self, id: &str) -> PathBuf {
+        self.state.join(id).join("process.json")
+    }
+
+    /// The worker's socket.
+    pub fn socket(&self, id: &str) -> PathBuf {
+        self.run.join(id).join("ateom.sock")
+    }
+
+    /// The worker's whole control group.
+    pub fn group(&self, hierarchy: &Arc<Hierarchy>, id: &str) -> Cgroup {
+        Cgroup::at(hierarchy, &format!("{}/{id}", self.cgroup))
+    }
+}
+
+/// What a worker's task tells.
+#[derive(Debug, Clone)]
+pub enum News {
+    /// Its view has changed.
+    Changed,
+    /// It was fenced.
+    Lost {
+        /// What was in it as far as its last status said.
+        assignment: Option<Assignment>,
+        /// Why.
+        reason: String,
+    },
+    /// Fresh figures.
+    Stats(Option<Assignment>, Stats),
+    /// For people.
+    Notice(Option<Assignment>, Notice),
+}
+
+/// Takes news of worker `id`. Called from the worker's task: must not block.
+pub type Listener = Arc<dyn Fn(&str, News) + Send + Sync>;
+
+/// A worker as others see it.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// Raised by each fence: two views with the same number are of the same process.
+    pub fences: u64,
+    /// Set while it answers.
+    pub up: Option<Up>,
+    /// The last status; kept while it is down, for what was in it.
+    pub slot: Option<SlotStatus>,
+    /// The last figures.
+    pub stats: Option<Stats>,
+    /// What it is doing while it is not up.
+    pub trouble: String,
+}
+
+/// A worker that answers.
+#[derive(Debug, Clone)]
+pub struct Up {
+    /// Its connection.
+    pub client: Client,
+    /// What it can do.
+    pub capabilities: GetCapabilitiesResponse,
+}
+
+impl View {
+    /// Its phase; `EMPTY` before the first status.
+    pub fn phase(&self) -> Phase {
+        self.slot.as_ref().map_or(Phase::Empty, SlotStatus::phase)
+    }
+
+    /// What is in the slot.
+    pub fn assignment(&self) -> Option<&Assignment> {
+        let slot = self.slot.as_ref()?;
+        slot.assignment.as_ref().filter(|_| slot.phase() != Phase::Empty)
+    }
+}
+
+/// A handle to a worker.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// Unique on the node.
+    pub id: String,
+    /// Pool it belongs to.
+    pub pool: String,
+    view: watch::Receiver<View>,
+}
+
+impl Worker {
+    /// Starts the worker's task.
+    pub fn supervise(
+        settings: Arc<Settings>,
+        hierarchy: Arc<Hierarchy>,
+        id: &str,
+        pool: &str,
+        listener: Listener,
+        stop: CancellationToken,
+    ) -> (Self, tokio::task::JoinHandle<()>) {
+        let (sender, view) =
+            watch::channel(View { trouble: "it is being started".into(), ..View::default() });
+        let task = Task {
+            group: settings.group(&hierarchy, id),
+            settings,
+            id: id.to_owned(),
+            pool: pool.to_owned(),
+            view: sender,
+            listener,
+            stop,
+        };
+        let handle = tokio::spawn(task.run());
+        (Self { id: id.to_owned(), pool: pool.to_owned(), view }, handle)
+    }
+
+    /// Now.
+    pub fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// Waits until it answers, at most `limit`.
+    ///
+    /// # Errors
+    /// [`NodeError::WorkerDown`].
+    pub async fn up(&self, limit: Duration) -> Result<(View, Client), NodeError> {
+        let mut watching = self.view.clone();
+        let waited = timeout(limit, watching.wait_for(|view| view.up.is_some())).await;
+        if let Ok(Ok(view)) = waited
+            && let Some(up) = &view.up
+        {
+            return Ok((view.clone(), up.client.clone()));
+        }
+        Err(NodeError::WorkerDown { worker: self.id.clone(), reason: self.view().trouble })
+    }
+
+    /// Waits until a condition holds, at most `limit`.
+    pub async fn wait_for(&self, limit: Duration, condition: impl FnMut(&View) -> bool) -> bool {
+        matches!(timeout(limit, self.view.clone().wait_for(condition)).await, Ok(Ok(_)))
+    }
+
+    /// After a call failed: why, if the worker was lost since `before` was seen, once it is fenced. `None` when it
+    /// answers and is the same.
+    pub async fn fenced_since(&self, before: &View) -> Option<String> {
+        let mut watching = self.view.clone();
+        let waiting = watching.wait_for(|view| view.fences != before.fences || view.up.is_some());
+        match timeout(SILENCE + FENCE, waiting).await {
+            Ok(Ok(view)) if view.fences == before.fences => None,
+            Ok(Ok(view)) => Some(view.trouble.clone()),
+            _ => Some("it does not answer and could not be fenced yet".to_owned()),
+        }
+    }
+}
+
+/// Owns one worker.
+struct Task {
+    settings: Arc<Settings>,
+    group: Cgroup,
+    id: String,
+    pool: String,
+    view: watch::Sender<View>,
+    listener: Listener,
+    stop: CancellationToken,
+}
+
+/// Why a process is no longer served.
+enum End {
+    /// It has to be fenced.
+    Dead(String),
+    /// This process ends; the worker goes on.
+    Stopped,
+}
+
+impl Task {
+    async fn run(self) {
+        let mut backoff = BACKOFF.0;
+        loop {
+            let begun = Instant::now();
+            let end = match self.obtain().await {
+                Ok(mut process) => {
+                    let pid = process.identity.pid;
+                    let end = tokio::select! {
+                        end = self.serve(pid) => end,
+                        reason = process.ended() => End::Dead(reason),
+                        () = self.stop.cancelled() => End::Stopped,
+                    };
+                    if matches!(end, End::Dead(_)) {
+                        process.kill();
+                        // Reaps it if it is our child: a group with a zombie in it is not removed.
+                        let _ = timeout(FENCE, process.ended()).await;
+                    }
+                    end
+                }
+                Err(reason) => End::Dead(reason),
+            };
+            let End::Dead(reason) = end else { return };
+            tracing::warn!(worker = self.id, reason, "worker lost");
+            self.view.send_modify(|view| {
+                view.up = None;
+                view.trouble = format!("{reason}; it is being fenced");
+            });
+            self.listener_changed();
+            if !self.fence().await {
+                return;
+            }
+            let assignment = self.view.borrow().assignment().cloned();
+            self.view.send_modify(|view| {
+                view.fences += 1;
+                view.slot = None;
+                view.stats = None;
+                view.trouble = format!("{reason}; it is being started again");
+            });
+            (self.listener)(&self.id, News::Lost { assignment, reason });
+            if begun.elapsed() > BACKOFF.1 * 2 {
+                backoff = BACKOFF.0;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff) => {}
+                () = self.stop.cancelled() => return,
+            }
+            backoff = (backoff * 2).min(BACKOFF.1);
+        }
+    }
+
+    fn listener_changed(&self) {
+        (self.listener)(&self.id, News::Changed);
+    }
+
+    /// Kills everything of the worker and sees it empty. `false`: we are to stop.
+    async fn fence(&self) -> bool {
+        loop {
+            match self.group.fence(FENCE).await {
+                Ok(()) => return true,
+                Err(error) => tracing::error!(worker = self.id, %error, "cannot fence; trying again"),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                () = self.stop.cancelled() => return false,
+            }
+        }
+    }
+
+    /// The worker's process: the noted one, or a new one after whatever is left was fenced.
+    async fn obtain(&self) -> Result<Process, String> {
+        let launch = self.settings.launch(&self.id, &self.pool);
+        if let Some(process) = Process::adopt(&launch.note) {
+            tracing::info!(worker = self.id, pid = process.identity.pid, "adopted");
+            return Ok(process);
+        }
+        if !self.fence().await {
+            return Err("the node agent is stopping".to_owned());
+        }
+        let socket = self.settings.socket(&self.id);
+        let group = self.group.child("ateom");
+        let dirs = [self.settings.state.join(&self.id), self.settings.run.join(&self.id)];
+        let process = crate::blocking(move || {
+            for dir in &dirs {
+                crate::durable::create_dir(dir).map_err(|error| error.to_string())?;
+            }
+            // A socket of a dead process would only refuse connections; without it the wait is clear.
+            crate::durable::remove_file(&socket).map_err(|error| error.to_string())?;
+            group.ensure().map_err(|error| error.to_string())?;
+            let mut process = Process::start(&launch).map_err(|error| error.to_string())?;
+            if let Err(error) = group.add(process.identity.pid as u32) {
+                process.kill();
+                return Err(error.to_string());
+            }
+            Ok(process)
+        })
+        .await?;
+        tracing::info!(worker = self.id, pid = process.identity.pid, "started");
+        Ok(process)
+    }
+
+    /// Connects and relays until the worker no longer answers.
+    async fn serve(&self, pid: i32) -> End {
+        let mut deadline = Instant::now() + self.settings.start_limit;
+        loop {
+            let (client, capabilities, mut events) = match self.connect(deadline).await {
+                Ok(connected) => connected,
+                Err(error) => {
+                    return End::Dead(format!(
+                        "it does not answer (pid {}): {error}; see {}",
+                        pid,
+                        self.settings.logs.join(format!("{}.log", self.id)).display()
+                    ));
+                }
+            };
+            let mut up = Some(Up { client, capabilities });
+            let broken = loop {
+                match events.message().await {
+                    Ok(Some(event)) => match event.event {
+                        Some(slot_event::Event::Status(status)) => {
+                            self.view.send_modify(|view| {
+                                view.slot = Some(status);
+                                // It is up once its slot is known.
+                                if let Some(up) = up.take() {
+                                    view.up = Some(up);
+                                    view.trouble.clear();
+                                }
+                            });
+                            self.listener_changed();
+                        }
+                        Some(slot_event::Event::Stats(stats)) => {
+                            let assignment = self.view.borrow().assignment().cloned();
+                            self.view.send_if_modified(|view| {
+                                view.stats = Some(stats);
+                                // Nobody waits for figures.
+                                false
+                            });
+                            (self.listener)(&self.id, News::Stats(assignment, stats));
+                        }
+                        Some(slot_event::Event::Notice(notice)) => {
+                            let assignment = self.view.borrow().assignment().cloned();
+                            (self.listener)(&self.id, News::Notice(assignment, notice));
+                        }
+                        None => {}
+                    },
+                    Ok(None) => break "its stream ended".to_owned(),
+                    Err(status) => break status.message().to_owned(),
+                }
+            };
+            tracing::warn!(worker = self.id, reason = broken, "connection lost; connecting again");
+            self.view.send_modify(|view| {
+                view.up = None;
+                view.trouble = format!("its connection broke ({broken}); connecting again");
+            });
+            self.listener_changed();
+            deadline = Instant::now() + SILENCE;
+        }
+    }
+
+    async fn connect(
+        &self,
+        deadline: Instant,
+    ) -> Result<(Client, GetCapabilitiesResponse, Streaming<substrate_proto::ateom::SlotEvent>), String> {
+        let mut pause = Duration::from_millis(5);
+        loop {
+            let outcome = match timeout_at(deadline, connect(&self.settings.socket(&self.id))).await {
+                Ok(Ok(connected)) => return Ok(connected),
+                Ok(Err(error)) => error,
+                Err(_) => "no answer in time".to_owned(),
+            };
+            if Instant::now() >= deadline {
+                return Err(outcome);
+            }
+            // A socket that is not there yet makes no event; its process's end is watched meanwhile.
+            tokio::time::sleep_until(deadline.min(Instant::now() + pause)).await;
+            pause = (pause * 2).min(Duration::from_millis(200));
+        }
+    }
+}
+
+/// Connects to an ateom and begins to watch it.
+async fn connect(
+    socket: &Path,
+) -> Result<(Client, GetCapabilitiesResponse, Streaming<substrate_proto::ateom::SlotEvent>), String> {
+    let mut client = dial(socket).await?;
+    let capabilities =
+        client.get_capabilities(GetCapabilitiesRequest {}).await.map_err(message)?.into_inner();
+    let events = client.watch(WatchRequest {}).await.map_err(message)?.into_inner();
+    Ok((client, capabilities, events))
+}
+
+fn message(status: tonic::Status) -> String {
+    status.message().to_owned()
+}
+
+/// Connects to an ateom's socket. Keep-alives end the connection to one that hangs.
+pub(crate) async fn dial(socket: &Path) -> Result<Client, String> {
+    let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display()))
+        .map_err(|error| error.to_string())?
+        .connect_timeout(Duration::from_secs(5))
+        .http2_keep_alive_interval(Duration::from_secs(10))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .keep_alive_while_idle(true);
+    let channel = endpoint.connect().await.map_err(|error| {
+        let mut text = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(inner) = source {
+            text = format!("{text}: {inner}");
+            source = inner.source();
+        }
+        text
+    })?;
+    Ok(AteomClient::new(channel))
+}
