@@ -19,13 +19,31 @@
 
 mod clock;
 mod config;
+mod egress;
+mod engine;
+mod idle;
 pub mod model;
+pub mod node;
+mod retention;
+mod schedule;
+mod secrets;
+mod service;
+pub mod state;
+pub mod store;
+#[cfg(test)]
+mod testing;
+pub mod workflow;
+
+use std::sync::Arc;
 
 pub use clock::{Clock, SystemClock, TokioClock};
 pub use config::{Config, NodeEndpoint};
-
+use substrate_proto::ateapi::control_server::ControlServer;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
+
+/// Largest request: a template, or an actor with its files.
+const MAX_REQUEST: usize = 4 << 20;
 
 /// Why the control plane could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -33,28 +51,83 @@ pub enum Error {
     /// A key of the configuration is wrong.
     #[error("configuration of the control plane: {0}")]
     Config(String),
+    /// An endpoint of a node is no address.
+    #[error(
+        "node {node}: endpoint {endpoint:?} is no address ({source}): write \"unix:/path\" or \"http://host:port\""
+    )]
+    #[allow(missing_docs)]
+    Endpoint { node: String, endpoint: String, source: tonic::transport::Error },
+    /// The key file.
+    #[error(transparent)]
+    Secret(#[from] secrets::SecretError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] store::StoreError),
     /// The socket could not be opened.
     #[error(transparent)]
     Listen(#[from] substrate_proto::seam::ListenError),
+    /// The reflection service does not understand the descriptors.
+    #[error("gRPC reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
     /// gRPC serving ended.
     #[error("serving the control plane's socket failed: {0}")]
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Runs the control plane until `shutdown`; `ready` is told once the socket accepts calls.
+/// Runs the control plane until `shutdown`; `ready` is told once the socket accepts calls. Actors are left as they are:
+/// whoever wants them suspended first calls `SuspendAll`.
 pub async fn serve(
     config: Config,
     ready: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     config.validate()?;
+    let mut nodes = Vec::new();
+    for node in &config.nodes {
+        let client = node::GrpcNode::new(&node.endpoint).map_err(|source| Error::Endpoint {
+            node: node.name.clone(),
+            endpoint: node.endpoint.clone(),
+            source,
+        })?;
+        nodes.push((model::NodeName(node.name.clone()), Arc::new(client) as node::SharedNode));
+    }
+    let sealer = secrets::Sealer::open(&config.keys)?;
+    let store: store::SharedStore = Arc::new(store::SqliteStore::open(&config.database).await?);
+    // The socket first: when another control plane serves on it, nothing of its nodes is touched.
     let peers = substrate_proto::seam::Peers { uid: config.socket_peer_uid, gid: config.socket_peer_gid };
     let incoming = substrate_proto::seam::listen(&config.socket, peers)?;
-    let (_, health) = tonic_health::server::health_reporter();
+    let engine = engine::Engine::start(
+        Arc::clone(&store),
+        Arc::new(SystemClock),
+        sealer,
+        engine::Settings::from(&config),
+        nodes,
+        Arc::new(workflow::NoFaults),
+    )
+    .await?;
+    let control = ControlServer::new(service::ControlService::new(Arc::clone(&engine)))
+        .max_decoding_message_size(MAX_REQUEST);
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<ControlServer<service::ControlService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(substrate_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
     let _ = ready.send(());
-    tonic::transport::Server::builder()
+    // Watches and execs end with the engine, so that serving does not wait for clients that never leave.
+    let stopping = Arc::clone(&engine);
+    let signal = async move {
+        shutdown.cancelled().await;
+        stopping.stop().await;
+    };
+    let served = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(std::time::Duration::from_secs(20)))
+        .add_service(control)
         .add_service(health)
-        .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned())
-        .await?;
-    Ok(())
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(incoming, signal)
+        .await;
+    engine.stop().await;
+    store.close().await;
+    Ok(served?)
 }

@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Finding workers, and what runs beside the drivers: timers, publishing of workers, collection, trimming.
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use substrate_proto::{atelet, types};
+
+use super::driver::{Booking, PlaceError};
+use super::{CallError, Command, Engine, Link, Verb, lock};
+use crate::model::{Actor, ActorUid, Generation, NodeName, Placement, State, Stored as _, WorkerId};
+use crate::schedule::{Need, NoWorker};
+use crate::store::{Expect, Garbage, Kind, Query, Trim, Tx};
+use crate::workflow::steps::{Killed, hit};
+use crate::workflow::{StepName, When};
+
+/// Stops at once that share the machine in `suspend_all`.
+const STOPS_AT_ONCE: usize = 8;
+/// How often what is beyond its bounds is forgotten.
+const TRIM_EVERY: Duration = Duration::from_secs(60);
+/// How long request ids are remembered.
+const REQUESTS_KEPT_MS: i64 = 24 * 3_600 * 1_000;
+/// How long garbage waits that could not be deleted.
+const COLLECT_AGAIN: Duration = Duration::from_secs(5);
+
+/// Finds and books a worker (`Place`; undo: the booking is given back when it is dropped).
+///
+/// A full pool first suspends its longest idle actor, then waits for the worker that is being freed, within bounds.
+/// Right after a start it waits for the nodes to report.
+pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Result<Booking, PlaceError> {
+    let killed = |Killed| PlaceError::Killed;
+    if let Some(status) = hit(&engine, StepName::Place, When::Before).map_err(killed)? {
+        return Err(PlaceError::Call(CallError::NoWorker(NoWorker::None(status.message().to_owned()))));
+    }
+    let last = actor.last_snapshot().filter(|_| !afresh);
+    let only = last.filter(|it| !it.is_durable()).and_then(|it| it.node.clone());
+    if last.is_some_and(|it| !it.is_durable() && it.node.is_none()) {
+        let message = "its snapshot has no copy left; revert or reset it".to_owned();
+        return Err(PlaceError::Call(CallError::NoWorker(NoWorker::None(message))));
+    }
+    let mut prefer: Vec<NodeName> = last.and_then(|it| it.node.clone()).into_iter().collect();
+    prefer.extend(actor.nodes.iter().cloned());
+    let need = Need {
+        pool: &actor.pool,
+        class: &actor.class,
+        snapshot: last.map(|it| &it.compatibility),
+        only: only.as_ref(),
+        prefer: &prefer,
+    };
+    let deadline = engine.clock.now() + engine.settings.place_wait;
+    let mut evicted = false;
+    let mut changed = engine.pool_changed.subscribe();
+    loop {
+        changed.mark_unchanged();
+        let error = {
+            let mut pool = lock(&engine.pool);
+            match pool.pick(&need) {
+                Ok((worker, node)) => {
+                    let generation = actor.generation.next();
+                    let assignment = types::Assignment {
+                        actor_uid: actor.uid.0.clone(),
+                        atespace: actor.atespace.clone(),
+                        actor_name: actor.name.clone(),
+                        generation: generation.0,
+                        worker_id: worker.0.clone(),
+                    };
+                    pool.assign(&node, &assignment);
+                    drop(pool);
+                    let placement = Some(Placement { worker, node });
+                    let booking = Booking {
+                        engine: Arc::clone(&engine),
+                        uid: actor.uid.clone(),
+                        generation,
+                        placement,
+                    };
+                    hit(&engine, StepName::Place, When::After).map_err(killed)?;
+                    return Ok(booking);
+                }
+                Err(error) => {
+                    if only.is_some() && pool.pick(&Need { only: None, ..need.clone() }).is_ok() {
+                        return Err(PlaceError::Elsewhere(error.into()));
+                    }
+                    error
+                }
+            }
+        };
+        let freeing = matches!(error, NoWorker::Full { being_freed: true, .. });
+        if matches!(error, NoWorker::Full { .. }) && !freeing && !evicted {
+            evicted = engine.evict_longest_idle(&need);
+        }
+        let settling = matches!(error, NoWorker::None(_))
+            && engine.nodes.values().any(|node| *node.link.borrow() == Link::Down);
+        if !(freeing || evicted || settling) || engine.clock.now() >= deadline {
+            return Err(PlaceError::Call(error.into()));
+        }
+        tokio::select! {
+            _ = changed.changed() => {}
+            () = engine.clock.sleep_until(deadline) => {}
+        }
+    }
+}
+
+impl Engine {
+    /// Asks the longest quiet actor that holds a fitting worker to suspend, if it has been quiet for long enough.
+    fn evict_longest_idle(self: &Arc<Self>, need: &Need<'_>) -> bool {
+        let Some(after) = self.settings.evict_after else { return false };
+        let held: Vec<(ActorUid, Generation)> = {
+            let pool = lock(&self.pool);
+            pool.iter()
+                .filter(|worker| pool.would_fit(worker, need))
+                .filter_map(|worker| worker.record.actor.clone())
+                .collect()
+        };
+        let victim = {
+            let mut live = lock(&self.live);
+            let longest = held
+                .into_iter()
+                .filter_map(|(uid, generation)| {
+                    let it = live.get(&uid).filter(|it| it.generation == generation && !it.asked)?;
+                    Some((it.tracker.as_ref()?.quiet_for(), uid))
+                })
+                .filter(|(quiet, _)| *quiet >= after)
+                .max();
+            if let Some((_, uid)) = &longest
+                && let Some(it) = live.get_mut(uid)
+            {
+                it.asked = true;
+            }
+            longest
+        };
+        let Some((_, uid)) = victim else { return false };
+        let verb = Verb::Suspend { by: "evict".to_owned(), only_if_idle: true, drain_ms: 0 };
+        self.ask_quietly(&uid, verb);
+        true
+    }
+
+    pub(super) fn spawn_background(self: &Arc<Self>) {
+        let engine = Arc::clone(self);
+        self.spawn(async move { engine.run_timers().await });
+        let engine = Arc::clone(self);
+        self.spawn(async move { engine.publish_workers().await });
+        let engine = Arc::clone(self);
+        self.spawn(async move { engine.run_collector().await });
+        let engine = Arc::clone(self);
+        self.spawn(async move {
+            loop {
+                let trim = Trim {
+                    changelog_keep: engine.settings.changelog_keep,
+                    events_keep: engine.settings.events_keep,
+                    requests_before_ms: engine.clock.wall_ms() - REQUESTS_KEPT_MS,
+                };
+                if let Err(error) = engine.store.trim(trim).await {
+                    tracing::warn!(%error, "trimming the store failed");
+                }
+                engine.pause(TRIM_EVERY).await;
+            }
+        });
+    }
+
+    /// Wakes drivers when something of their actor is due. One entry per due thing: sleeping actors cost nothing.
+    async fn run_timers(self: Arc<Self>) {
+        loop {
+            let now = self.clock.wall_ms();
+            let mut due = Vec::new();
+            let next = {
+                let mut timers = lock(&self.timers);
+                while timers.first().is_some_and(|(at, _)| *at <= now) {
+                    due.extend(timers.pop_first().map(|(_, uid)| uid));
+                }
+                timers.first().map(|(at, _)| *at)
+            };
+            for uid in due {
+                self.tell(&uid, Command::Wake);
+            }
+            let wait =
+                next.map_or(Duration::from_secs(3_600), |at| Duration::from_millis((at - now).max(1) as u64));
+            tokio::select! {
+                () = self.timers_changed.notified() => {}
+                () = self.pause(wait) => {}
+            }
+        }
+    }
+
+    /// Commits what watchers and a next start should know of workers; the latest state of each, in order.
+    async fn publish_workers(self: Arc<Self>) {
+        loop {
+            self.workers_changed.notified().await;
+            self.flush_workers().await;
+        }
+    }
+
+    pub(crate) async fn flush_workers(&self) {
+        let ids: Vec<WorkerId> = std::mem::take(&mut *lock(&self.dirty_workers)).into_iter().collect();
+        let mut tx = Tx::default();
+        {
+            let pool = lock(&self.pool);
+            for id in &ids {
+                match pool.get(id) {
+                    Some(worker) => tx.puts.push((worker.record.object(), Expect::Any)),
+                    None => tx.deletes.push((Kind::Worker, id.0.clone(), Expect::Any)),
+                }
+            }
+        }
+        if tx.puts.is_empty() && tx.deletes.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.commit(tx).await {
+            tracing::warn!(%error, "recording workers failed");
+            lock(&self.dirty_workers).extend(ids);
+            self.pause(Duration::from_millis(500)).await;
+            self.workers_changed.notify_one();
+        }
+    }
+
+    async fn run_collector(self: Arc<Self>) {
+        loop {
+            let left = self.collect(Duration::from_secs(60)).await;
+            if left {
+                tokio::select! {
+                    () = self.garbage_added.notified() => {}
+                    () = self.pause(COLLECT_AGAIN) => {}
+                }
+            } else {
+                self.garbage_added.notified().await;
+            }
+        }
+    }
+
+    /// Works garbage off (`Collect`), within a time. True when some is left.
+    ///
+    /// Race: an entry is written in the commit that dropped the last reference, and nothing can refer to it again: a
+    /// parent of an upload is a committed snapshot of the same actor. Deleting twice is the same as once.
+    pub(crate) async fn collect(&self, within: Duration) -> bool {
+        let deadline = self.clock.now() + within;
+        tokio::select! {
+            left = self.collect_all() => left,
+            () = self.clock.sleep_until(deadline) => true,
+        }
+    }
+
+    async fn collect_all(&self) -> bool {
+        let _one_at_a_time = self.collecting.lock().await;
+        loop {
+            let batch = match self.store.garbage(500).await {
+                Ok(batch) => batch,
+                Err(error) => {
+                    tracing::warn!(%error, "reading garbage failed");
+                    return true;
+                }
+            };
+            if batch.is_empty() {
+                return false;
+            }
+            let all = batch.len();
+            let done = match self.delete(batch).await {
+                Ok(done) => done,
+                Err(Killed) => return true,
+            };
+            if done.is_empty() {
+                return true;
+            }
+            let some_left = done.len() < all;
+            let tx = Tx { garbage_done: done, ..Tx::default() };
+            if let Err(error) = self.store.commit(tx).await {
+                tracing::warn!(%error, "recording deletions failed");
+                return true;
+            }
+            if some_left {
+                return true;
+            }
+        }
+    }
+
+    async fn delete(&self, batch: Vec<(i64, String, Garbage)>) -> Result<Vec<i64>, Killed> {
+        let mut done = Vec::new();
+        // Blobs by the actor whose they are: one call each. Any node reaches the blob store.
+        let mut blobs: BTreeMap<String, (atelet::DeleteBlobsRequest, Vec<i64>)> = BTreeMap::new();
+        if hit(self, StepName::Collect, When::Before)?.is_some() {
+            return Ok(done);
+        }
+        for (id, holder, item) in batch {
+            let owner = holder.split('/').next().unwrap_or_default().to_owned();
+            match item {
+                Garbage::Manifest { actor, directory } => {
+                    let entry = blobs.entry(actor).or_default();
+                    entry.0.manifests.push(directory);
+                    entry.1.push(id);
+                }
+                Garbage::Pack { key } => {
+                    let entry = blobs.entry(owner).or_default();
+                    entry.0.packs.push(key);
+                    entry.1.push(id);
+                }
+                Garbage::NodeCopy { node, actor, snapshot } => {
+                    let request = atelet::DropSnapshotRequest { actor_uid: actor, snapshot_id: snapshot };
+                    match self.node(&NodeName(node)) {
+                        // Nobody to tell: the node is no longer ours.
+                        None => done.push(id),
+                        Some(node) if node.is_up() => match node.client.drop_snapshot(request).await {
+                            Ok(()) => done.push(id),
+                            Err(status) => {
+                                tracing::warn!(node = %node.name, %status, "a node copy was not given up")
+                            }
+                        },
+                        Some(_) => {}
+                    }
+                }
+                Garbage::Purge { node, actor, atespace, name } => {
+                    let request = atelet::PurgeRequest { actor_uid: actor, atespace, actor_name: name };
+                    match self.node(&NodeName(node)) {
+                        None => done.push(id),
+                        Some(node) if node.is_up() => match node.client.purge(request).await {
+                            Ok(()) => done.push(id),
+                            Err(status) => tracing::warn!(node = %node.name, %status, "a purge failed"),
+                        },
+                        Some(_) => {}
+                    }
+                }
+            }
+        }
+        for (owner, (mut request, ids)) in blobs {
+            let Some(node) = self.nodes.values().find(|node| node.is_up()) else { break };
+            request.actor_uid.clone_from(&owner);
+            match node.client.delete_blobs(request).await {
+                Ok(()) => done.extend(ids),
+                Err(status) => tracing::warn!(actor = owner, %status, "deleting blobs failed"),
+            }
+        }
+        hit(self, StepName::Collect, When::After)?;
+        Ok(done)
+    }
+
+    /// Has a node end what is left of an assignment that no record holds any more.
+    pub(crate) fn release_quietly(self: &Arc<Self>, assignment: types::Assignment, node: &NodeName) {
+        let Some(node) = self.node(node).filter(|node| node.is_up()) else { return };
+        self.spawn(async move {
+            let worker = assignment.worker_id.clone();
+            let request = atelet::ReleaseRequest { assignment: Some(assignment) };
+            if let Err(status) = node.client.release(request).await {
+                // Its next report shows the slot again, and it is released then.
+                tracing::warn!(node = %node.name, worker, %status, "releasing an ended assignment failed");
+            }
+        });
+    }
+
+    /// Suspends everything that runs or is about to. Names of those that could not.
+    pub(crate) async fn suspend_all(self: &Arc<Self>, by: &str) -> Result<(u32, Vec<String>), CallError> {
+        let mut query = Query::all(Kind::Actor);
+        query.states = [State::Running, State::Resuming, State::Suspending, State::Pausing]
+            .map(|state| state.to_proto() as i64)
+            .to_vec();
+        let actors: Vec<Actor> = crate::store::list_all(&*self.store, query).await?;
+        let outcomes: Vec<(String, Result<_, CallError>)> = futures::stream::iter(actors)
+            .map(|actor| async move {
+                let label = format!("{}/{}", actor.atespace, actor.name);
+                (label, self.suspend(&actor.uid, by).await)
+            })
+            .buffer_unordered(STOPS_AT_ONCE)
+            .collect()
+            .await;
+        let suspended = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count() as u32;
+        let failed = outcomes
+            .into_iter()
+            .filter_map(|(label, outcome)| outcome.err().map(|error| format!("{label}: {error}")))
+            .collect();
+        Ok((suspended, failed))
+    }
+
+    async fn suspend(self: &Arc<Self>, uid: &ActorUid, by: &str) -> Result<(), CallError> {
+        let verb =
+            Verb::Suspend { by: by.to_owned(), only_if_idle: false, drain_ms: super::DEFAULT_DRAIN_MS };
+        self.ask(uid, verb, None).await.map(drop)
+    }
+
+    /// Cordons a worker or undoes it.
+    pub(crate) async fn cordon(
+        &self,
+        id: &WorkerId,
+        cordoned: bool,
+    ) -> Result<crate::schedule::Worker, CallError> {
+        let worker = lock(&self.pool).cordon(id, cordoned);
+        let worker = worker.ok_or_else(|| CallError::NotFound { kind: "worker", name: id.to_string() })?;
+        self.pool_touched([id.clone()]);
+        self.flush_workers().await;
+        Ok(worker)
+    }
+
+    /// Cordons a worker and suspends what it runs.
+    pub(crate) async fn drain(self: &Arc<Self>, id: &WorkerId) -> Result<crate::schedule::Worker, CallError> {
+        let worker = self.cordon(id, true).await?;
+        if let Some((uid, _)) = &worker.record.actor {
+            self.suspend(uid, "drain").await?;
+        }
+        let now = lock(&self.pool).get(id).cloned();
+        Ok(now.unwrap_or(worker))
+    }
+
+    /// A node is to be drained, or one worker of it.
+    pub(crate) fn drain_node(self: &Arc<Self>, node: &NodeName, worker: Option<WorkerId>) {
+        let ids: Vec<WorkerId> = match worker {
+            Some(id) => vec![id],
+            None => lock(&self.pool).of_node(node).map(|worker| worker.record.id.clone()).collect(),
+        };
+        for id in ids {
+            let engine = Arc::clone(self);
+            self.spawn(async move {
+                if let Err(error) = engine.drain(&id).await {
+                    tracing::error!(worker = %id, %error, "draining a worker failed");
+                }
+            });
+        }
+    }
+}

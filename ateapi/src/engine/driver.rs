@@ -1,0 +1,821 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The driver of one actor: the only task that writes its record.
+//!
+//! ```text
+//!   calls, news ──▶ queue ──▶ admit ──▶ transition ──▶ commit ──▶ settle (answers whoever waited for this)
+//!                                           ▲             │
+//!                                 outcome ──┘             └──▶ next(record) ──▶ one step at a time
+//!                                                         └──▶ owed upload  ──▶ one upload beside it
+//! ```
+//!
+//! Nothing but the record decides what is done next, so the start after a crash is the same code as any other moment.
+//! When a commit fails the driver forgets everything, reads the record anew and goes on from there: what a step did is
+//! found again, because steps are idempotent.
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use substrate_proto::ateapi;
+use tokio::sync::mpsc;
+
+use super::admit::Goal;
+use super::{Answer, Call, CallError, Command, Engine, News, Reply, RequestKey, Verb};
+use crate::model::{
+    Actor, ActorUid, Placement, Snapshot, SnapshotId, SnapshotNote, State, Stored as _, Work,
+};
+use crate::retention;
+use crate::schedule::NoWorker;
+use crate::state::{self, Effect, Event, Refused};
+use crate::store::{self, Expect, Garbage, Kind, Note, RefChange, RequestRecord, StoreError, Tx};
+use crate::workflow::steps::{self, Killed, Outcome};
+use crate::workflow::{self, Next, StepName, When};
+
+/// Times a resume is taken to another worker before its caller is told.
+const RESUME_TRIES: u8 = 2;
+
+/// A call that waits for its end.
+pub(super) struct Waiter {
+    pub(super) call: Call,
+    pub(super) goal: Goal,
+    pub(super) was_running: bool,
+}
+
+/// What is in flight.
+pub(super) enum Op {
+    Place { call: Call, future: BoxFuture<'static, Result<Booking, PlaceError>> },
+    Step { future: BoxFuture<'static, Result<Outcome, Killed>> },
+    Purge { future: BoxFuture<'static, Result<Vec<crate::model::NodeName>, Killed>> },
+}
+
+enum Done {
+    Placed(Call, Result<Booking, PlaceError>),
+    Step(Result<Outcome, Killed>),
+    Purged(Result<Vec<crate::model::NodeName>, Killed>),
+}
+
+/// Why there is no booking.
+pub(super) enum PlaceError {
+    Killed,
+    Call(CallError),
+    /// Full on the one node that has the snapshot, but there is room elsewhere once it is durable.
+    Elsewhere(CallError),
+}
+
+/// A worker booked for the next assignment; given back when it is not used.
+pub(super) struct Booking {
+    pub(super) engine: Arc<Engine>,
+    pub(super) uid: ActorUid,
+    pub(super) generation: crate::model::Generation,
+    pub(super) placement: Option<Placement>,
+}
+
+impl Drop for Booking {
+    fn drop(&mut self) {
+        if let Some(placement) = self.placement.take() {
+            super::lock(&self.engine.pool).free(&placement.worker, &self.uid, self.generation, true);
+            self.engine.pool_touched([placement.worker]);
+        }
+    }
+}
+
+pub(super) struct Driver {
+    pub(super) engine: Arc<Engine>,
+    pub(super) uid: ActorUid,
+    inbox: mpsc::Receiver<Command>,
+    /// Present from the first read on.
+    pub(super) actor: Actor,
+    pub(super) queue: VecDeque<Call>,
+    pub(super) waiters: Vec<Waiter>,
+    pub(super) op: Option<Op>,
+    upload: Option<(SnapshotId, BoxFuture<'static, Result<Outcome, Killed>>)>,
+    /// A loss or exit that waits for the answer of a checkpoint in flight.
+    held: Option<News>,
+    pub(super) steps: Vec<ateapi::Step>,
+    /// Why the last stop or checkpoint did not happen, for those who asked.
+    pub(super) refusal: Option<CallError>,
+    failures: u32,
+}
+
+/// The actor is gone, or the control plane is.
+pub(super) struct End;
+
+impl Driver {
+    pub(super) fn new(engine: Arc<Engine>, uid: ActorUid, inbox: mpsc::Receiver<Command>) -> DriverStart {
+        DriverStart { engine, uid, inbox }
+    }
+}
+
+/// A driver that has not read its record yet.
+pub(super) struct DriverStart {
+    engine: Arc<Engine>,
+    uid: ActorUid,
+    inbox: mpsc::Receiver<Command>,
+}
+
+impl DriverStart {
+    pub(super) async fn run(mut self) {
+        let actor = loop {
+            match store::load::<Actor>(&*self.engine.store, self.uid.as_str()).await {
+                Ok(Some(actor)) => break actor,
+                Ok(None) => {
+                    // Nobody of that uid: answer until nobody asks any more.
+                    while let Ok(command) = self.inbox.try_recv() {
+                        refuse_unknown(&self.uid, command);
+                    }
+                    if self.engine.retire_driver(&self.uid, &self.inbox) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(actor = %self.uid, %error, "cannot read an actor's record");
+                    while let Ok(command) = self.inbox.try_recv() {
+                        if let Command::Call(call) = command {
+                            let _ = call.reply.send(Err(error.clone().into()));
+                        }
+                    }
+                    self.engine.pause(Duration::from_millis(500)).await;
+                }
+            }
+        };
+        let driver = Driver {
+            engine: self.engine,
+            uid: self.uid,
+            inbox: self.inbox,
+            actor,
+            queue: VecDeque::new(),
+            waiters: Vec::new(),
+            op: None,
+            upload: None,
+            held: None,
+            steps: Vec::new(),
+            refusal: None,
+            failures: 0,
+        };
+        driver.run().await;
+    }
+}
+
+fn refuse_unknown(uid: &ActorUid, command: Command) {
+    if let Command::Call(call) = command {
+        let _ = call.reply.send(Err(CallError::NotFound { kind: "actor", name: uid.to_string() }));
+    }
+}
+
+impl Driver {
+    async fn run(mut self) {
+        loop {
+            if self.pump().await.is_err() {
+                break;
+            }
+            if self.is_at_rest() && self.engine.retire_driver(&self.uid, &self.inbox) {
+                return;
+            }
+            let turn = {
+                let op = next_op(&mut self.op);
+                let upload = next_upload(&mut self.upload);
+                tokio::select! {
+                    biased;
+                    command = self.inbox.recv() => Turn::Command(command),
+                    done = op => Turn::Done(done),
+                    outcome = upload => Turn::Uploaded(outcome),
+                }
+            };
+            let ended = match turn {
+                Turn::Command(None) => Err(End),
+                Turn::Command(Some(command)) => self.on_command(command).await,
+                Turn::Done(done) => self.on_done(done).await,
+                Turn::Uploaded(outcome) => {
+                    self.upload = None;
+                    match outcome {
+                        Ok(outcome) => self.on_outcome(outcome).await,
+                        Err(Killed) => Err(End),
+                    }
+                }
+            };
+            if ended.is_err() {
+                break;
+            }
+        }
+        self.end();
+    }
+
+    /// The record is gone or the control plane is: whoever still waits is told.
+    fn end(mut self) {
+        let killed = self.engine.dead.is_cancelled();
+        let gone = || {
+            if killed {
+                CallError::Stopping
+            } else {
+                CallError::NotFound { kind: "actor", name: self.uid.to_string() }
+            }
+        };
+        for waiter in self.waiters.drain(..) {
+            let answer = if waiter.goal == Goal::Deleted && !killed {
+                Ok(Answer {
+                    actor: self.actor.clone(),
+                    snapshot: None,
+                    steps: Vec::new(),
+                    was_running: false,
+                    name: None,
+                })
+            } else {
+                Err(gone())
+            };
+            let _ = waiter.call.reply.send(answer);
+        }
+        for call in self.queue.drain(..) {
+            let _ = call.reply.send(Err(gone()));
+        }
+        if killed {
+            return;
+        }
+        // Later commands find no record.
+        loop {
+            while let Ok(command) = self.inbox.try_recv() {
+                refuse_unknown(&self.uid, command);
+            }
+            if self.engine.retire_driver(&self.uid, &self.inbox) {
+                return;
+            }
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.op.is_none()
+            && self.upload.is_none()
+            && self.queue.is_empty()
+            && self.waiters.is_empty()
+            && self.held.is_none()
+    }
+
+    /// Starts whatever the record and the queue ask for.
+    async fn pump(&mut self) -> Result<(), End> {
+        loop {
+            self.settle();
+            if self.op.is_none() {
+                self.start_step();
+            }
+            self.start_upload();
+            if !self.do_what_is_due().await? && !self.admit_queue().await? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn start_step(&mut self) {
+        let Some(next) = workflow::next(&self.actor) else { return };
+        let (engine, actor) = (Arc::clone(&self.engine), self.actor.clone());
+        self.op = Some(match next {
+            Next::Activate => Op::Step { future: Box::pin(steps::activate(engine, actor)) },
+            Next::Checkpoint | Next::CheckpointLive => {
+                Op::Step { future: Box::pin(steps::checkpoint(engine, actor)) }
+            }
+            Next::Release => Op::Step { future: Box::pin(steps::release(engine, actor, StepName::Release)) },
+            Next::DeleteRelease => {
+                Op::Step { future: Box::pin(steps::release(engine, actor, StepName::DeleteRelease)) }
+            }
+            Next::Purge => Op::Purge { future: Box::pin(steps::purge(engine, actor)) },
+        });
+    }
+
+    fn start_upload(&mut self) {
+        if self.upload.is_some() || self.actor.state == State::Deleting {
+            return;
+        }
+        // P2's order: the worker is free before its snapshot is uploaded, so that waiting for the store holds no slot.
+        if matches!(self.actor.state, State::Suspending | State::Pausing) && self.actor.placement.is_some() {
+            return;
+        }
+        let now = self.engine.clock.wall_ms();
+        let due = self
+            .actor
+            .owed_upload()
+            .filter(|snapshot| snapshot.upload.as_ref().is_some_and(|wish| wish.not_before_ms <= now));
+        if let Some(snapshot) = due {
+            let id = snapshot.id.clone();
+            let future = steps::upload(Arc::clone(&self.engine), self.actor.clone(), id.clone());
+            self.upload = Some((id, Box::pin(future)));
+        }
+    }
+
+    /// Promotions and background checkpoints whose time has come.
+    async fn do_what_is_due(&mut self) -> Result<bool, End> {
+        let now = self.engine.clock.wall_ms();
+        let actor = &self.actor;
+        if actor.state == State::Paused && actor.promote_at_ms != 0 && actor.promote_at_ms <= now {
+            self.apply(Event::Promote, None).await?;
+            return Ok(true);
+        }
+        let due = workflow::checkpoint_due(actor).is_some_and(|at| at <= now);
+        if due && actor.work.is_none() && self.op.is_none() && self.node_is_up() {
+            let event = Event::Checkpoint {
+                snapshot: SnapshotId::draw(),
+                durable: actor.checkpoint.durability != "node",
+            };
+            self.apply(event, None).await?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    pub(super) fn node_is_up(&self) -> bool {
+        let node = self.actor.placement.as_ref().and_then(|placement| self.engine.node(&placement.node));
+        node.is_some_and(|node| node.is_up())
+    }
+
+    async fn on_command(&mut self, command: Command) -> Result<(), End> {
+        match command {
+            Command::Call(call) => self.on_call(call).await,
+            Command::News(news) => self.on_news(news).await,
+            Command::Progress { generation, step, percent } => {
+                let actor = &self.actor;
+                let fresh = actor.state == State::Resuming && actor.generation == generation;
+                if fresh && (actor.progress_step != step || actor.progress_percent != percent) {
+                    let mut next = actor.clone();
+                    next.progress_step = step;
+                    next.progress_percent = percent;
+                    // Lost progress is no loss: the driver reads its record anew and goes on.
+                    self.write(next, Vec::new(), None).await?;
+                }
+                Ok(())
+            }
+            Command::Wake => Ok(()),
+        }
+    }
+
+    async fn on_call(&mut self, call: Call) -> Result<(), End> {
+        if matches!(call.verb, Verb::Delete) {
+            return self.delete(call).await;
+        }
+        if self.queue.len() + self.waiters.len() >= self.engine.settings.calls_per_actor {
+            let _ = call.reply.send(Err(CallError::Overloaded(self.engine.settings.calls_per_actor)));
+            return Ok(());
+        }
+        self.queue.push_back(call);
+        Ok(())
+    }
+
+    /// Delete overtakes everything: what is in flight is dropped, and `DeleteRelease` ends it at the node.
+    async fn delete(&mut self, call: Call) -> Result<(), End> {
+        if self.actor.state != State::Deleting {
+            self.op = None;
+            self.upload = None;
+            self.held = None;
+            self.apply(Event::Delete, None).await?;
+            if self.actor.state != State::Deleting {
+                let _ = call.reply.send(Err(CallError::Store(StoreError::Io(
+                    "the record was read anew; call again".to_owned(),
+                ))));
+                return Ok(());
+            }
+        }
+        self.waiters.push(Waiter { call, goal: Goal::Deleted, was_running: false });
+        Ok(())
+    }
+
+    async fn on_news(&mut self, news: News) -> Result<(), End> {
+        let checkpointing =
+            matches!(workflow::next(&self.actor), Some(Next::Checkpoint | Next::CheckpointLive))
+                && matches!(self.op, Some(Op::Step { .. }));
+        let ends = match &news {
+            News::Lost { generation, .. } | News::Exited { generation, .. } => {
+                *generation == self.actor.generation && self.actor.placement.is_some()
+            }
+            News::Reported { .. } => false,
+        };
+        if ends && checkpointing {
+            // Whether the snapshot was complete before is for the checkpoint's own answer to say.
+            self.held = Some(news);
+            return Ok(());
+        }
+        match news {
+            News::Lost { generation, message } => {
+                if ends {
+                    self.op = None;
+                    self.apply(Event::WorkerLost { generation, message }, None).await?;
+                }
+            }
+            News::Exited { generation, exit } => {
+                // Released already, or being deleted: the end was asked for.
+                if ends
+                    && workflow::next(&self.actor) != Some(Next::Release)
+                    && self.actor.state != State::Deleting
+                {
+                    self.op = None;
+                    self.apply(Event::Exited { generation, exit }, None).await?;
+                }
+            }
+            News::Reported { generation, slot_is_there, holds_it, ingress_endpoint, begun_ms } => {
+                if generation != self.actor.generation || self.actor.placement.is_none() {
+                    return Ok(());
+                }
+                let gone = match self.actor.state {
+                    // What began to run after the report was made is not in it.
+                    State::Running => !holds_it && self.actor.state_since_ms < begun_ms,
+                    // A step in flight finds out by itself what the slot did.
+                    State::Resuming => !slot_is_there,
+                    _ => false,
+                };
+                if gone {
+                    let message = "its worker came back without it".to_owned();
+                    return Box::pin(self.on_news(News::Lost { generation, message })).await;
+                }
+                if self.actor.state == State::Running
+                    && !ingress_endpoint.is_empty()
+                    && ingress_endpoint != self.actor.ingress_endpoint
+                {
+                    let mut next = self.actor.clone();
+                    next.ingress_endpoint = ingress_endpoint;
+                    self.write(next, Vec::new(), None).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn on_done(&mut self, done: Done) -> Result<(), End> {
+        self.op = None;
+        match done {
+            Done::Placed(call, result) => self.on_placed(call, result).await,
+            Done::Step(Err(Killed)) | Done::Purged(Err(Killed)) => Err(End),
+            Done::Step(Ok(outcome)) => self.on_outcome(outcome).await,
+            Done::Purged(Ok(left)) => self.remove(left).await,
+        }
+    }
+
+    async fn on_outcome(&mut self, outcome: Outcome) -> Result<(), End> {
+        self.steps.extend(outcome.steps);
+        match (&outcome.event, self.held.take()) {
+            // The checkpoint failed because the workload ended: say that.
+            (Event::CheckpointFailed { .. }, Some(News::Exited { generation, exit })) => {
+                return self.apply(Event::Exited { generation, exit }, None).await;
+            }
+            (Event::CheckpointFailed { .. }, held) => drop(held),
+            (Event::CheckpointRefused { reason, message, .. }, held) => {
+                self.refusal =
+                    Some(CallError::NotStopped { reason: reason.clone(), message: message.clone() });
+                self.engine.disturb(&self.uid);
+                self.held = held;
+            }
+            (_, held) => self.held = held,
+        }
+        self.apply(outcome.event, None).await?;
+        if let Some(held) = self.held.take() {
+            self.on_news(held).await?;
+        }
+        Ok(())
+    }
+
+    async fn on_placed(&mut self, call: Call, result: Result<Booking, PlaceError>) -> Result<(), End> {
+        match result {
+            Err(PlaceError::Killed) => Err(End),
+            Err(PlaceError::Elsewhere(error)) if call.after_upload => self.resume_failed(call, error).await,
+            Err(PlaceError::Elsewhere(_)) => {
+                if self.actor.state == State::Paused {
+                    self.apply(Event::Promote, None).await?;
+                }
+                self.queue.push_front(Call { after_upload: true, ..call });
+                Ok(())
+            }
+            Err(PlaceError::Call(error)) => self.resume_failed(call, error).await,
+            Ok(mut booking) => {
+                let Some(placement) = booking.placement.clone() else { return Ok(()) };
+                let event = match &call.verb {
+                    Verb::Resume { cause } => Event::Resume { placement, cause: cause.clone() },
+                    _ => Event::Reset { placement },
+                };
+                self.steps.clear();
+                let before = self.actor.generation;
+                self.apply(event, call.request.as_ref()).await?;
+                if self.actor.generation == before.next() {
+                    // The record holds the booking now.
+                    booking.placement = None;
+                    self.waiters.push(Waiter { call, goal: Goal::Running, was_running: false });
+                } else {
+                    self.queue.push_front(call);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// No worker: the record says why, and everyone who asked meanwhile is told the same.
+    async fn resume_failed(&mut self, call: Call, error: CallError) -> Result<(), End> {
+        let (reason, message) = match &error {
+            CallError::NoWorker(NoWorker::Full { .. }) => ("WORKER_POOL_FULL", error.to_string()),
+            CallError::NoWorker(_) => ("NO_WORKER", error.to_string()),
+            _ => ("", String::new()),
+        };
+        if !reason.is_empty() && (self.actor.reason != reason || self.actor.message != message) {
+            let mut next = self.actor.clone();
+            reason.clone_into(&mut next.reason);
+            next.message.clone_from(&message);
+            let event = state::draft(&next, self.engine.clock.wall_ms(), "ResumeFailed", message, true);
+            self.write(next, vec![event], None).await?;
+        }
+        let mut others = Vec::new();
+        self.queue.retain_mut(|queued| {
+            let same = matches!(queued.verb, Verb::Resume { .. });
+            if same {
+                let (reply, _) = tokio::sync::oneshot::channel();
+                others.push(std::mem::replace(&mut queued.reply, reply));
+            }
+            !same
+        });
+        for reply in others {
+            let _ = reply.send(Err(error.clone()));
+        }
+        let _ = call.reply.send(Err(error));
+        Ok(())
+    }
+
+    /// Applies an event and commits. A refusal is logged: only admitted and owed events come here.
+    pub(super) async fn apply(&mut self, event: Event, request: Option<&RequestKey>) -> Result<(), End> {
+        match self.try_apply(event, request).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(refused)) => {
+                tracing::debug!(actor = %self.uid, %refused, "an event came too late");
+                Ok(())
+            }
+            Err(end) => Err(end),
+        }
+    }
+
+    /// Applies an event and commits, or says why the state refuses it.
+    pub(super) async fn try_apply(
+        &mut self,
+        event: Event,
+        request: Option<&RequestKey>,
+    ) -> Result<Result<(), Refused>, End> {
+        // The node is to end what is left of it, and tells when its slot is free.
+        let ended_there = matches!(&event, Event::WorkerLost { .. } | Event::Exited { .. });
+        let assignment = self.actor.assignment().zip(self.actor.placement.clone());
+        let snapshot = match &event {
+            Event::Stop { snapshot, .. } | Event::Checkpoint { snapshot, .. } => Some(snapshot.clone()),
+            _ => None,
+        };
+        let (next, effects) = match state::transition(&self.actor, event, self.engine.clock.wall_ms()) {
+            Ok(step) => step,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let outcome = snapshot.map_or_else(|| self.uid.0.clone(), |id| id.0);
+        let request = request.map(|key| (key.clone(), outcome));
+        let mut events = Vec::new();
+        let mut freed = Vec::new();
+        for effect in effects {
+            match effect {
+                Effect::Record(event) => events.push(event),
+                Effect::Free { worker, generation, .. } => freed.push((worker, generation)),
+                Effect::Remove => {}
+            }
+        }
+        if self.write(next, events, request).await? {
+            let mut pool = super::lock(&self.engine.pool);
+            for (worker, generation) in &freed {
+                pool.free(worker, &self.uid, *generation, !ended_there);
+            }
+            drop(pool);
+            if ended_there
+                && !freed.is_empty()
+                && let Some((assignment, placement)) = assignment
+            {
+                self.engine.release_quietly(assignment, &placement.node);
+            }
+            if let Some(placement) = &self.actor.placement {
+                freed.push((placement.worker.clone(), self.actor.generation));
+            }
+            if !freed.is_empty() {
+                self.engine.pool_touched(freed.into_iter().map(|(worker, _)| worker));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Commits a new record with its events. False: it was not, and the record was read anew.
+    pub(super) async fn write(
+        &mut self,
+        mut next: Actor,
+        events: Vec<crate::model::EventDraft>,
+        request: Option<(RequestKey, String)>,
+    ) -> Result<bool, End> {
+        steps::hit(&self.engine, StepName::Commit, When::Before).map_err(|Killed| End)?;
+        let mut tx = Tx { events, ..Tx::default() };
+        if next.state != State::Deleting {
+            let retired = retention::retire(&mut next);
+            tx.refs.extend(retired.refs);
+            tx.garbage.extend(retired.garbage);
+        }
+        for snapshot in &next.snapshots {
+            let before = self.actor.snapshot(&snapshot.id);
+            if before == Some(snapshot) {
+                continue;
+            }
+            tx.notes.push(note(&next, snapshot, false));
+            if snapshot.is_durable() && !before.is_some_and(Snapshot::is_durable) {
+                let holder = retention::holder(&next, snapshot);
+                tx.refs.push(RefChange::Hold { holder, blobs: retention::blobs(snapshot) });
+                // Only now may the node drop its copy (P2); it may keep it as cache.
+                if let Some(node) = &snapshot.node {
+                    tx.garbage.push(retention::node_copy(snapshot, node));
+                }
+            }
+        }
+        for snapshot in &self.actor.snapshots {
+            if next.snapshot(&snapshot.id).is_none() {
+                tx.notes.push(note(&next, snapshot, true));
+            }
+        }
+        let garbage = !tx.garbage.is_empty() || !tx.refs.is_empty();
+        let now = self.engine.clock.wall_ms();
+        tx.request = request.map(|(key, outcome)| RequestRecord {
+            id: key.id,
+            fingerprint: key.fingerprint,
+            outcome,
+            time_ms: now,
+        });
+        tx.puts.push((next.object(), Expect::Revision(self.actor.revision)));
+        match self.engine.store.commit(tx).await {
+            Ok(committed) => {
+                next.revision = committed.puts.first().copied().unwrap_or(committed.revision);
+                self.actor = next;
+                self.failures = 0;
+                self.engine.note_live(&self.actor);
+                self.engine.note_timer(&self.actor);
+                if garbage {
+                    self.engine.garbage_added.notify_one();
+                }
+                steps::hit(&self.engine, StepName::Commit, When::After).map_err(|Killed| End)?;
+                Ok(true)
+            }
+            Err(error) => {
+                self.start_over(error).await?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// A commit failed: nothing in memory counts any more. Whoever waits is told, and the record is read anew.
+    async fn start_over(&mut self, error: StoreError) -> Result<(), End> {
+        tracing::error!(actor = %self.uid, %error, "a commit failed, reading the record anew");
+        self.op = None;
+        self.upload = None;
+        self.held = None;
+        self.steps.clear();
+        let replies = self.waiters.drain(..).map(|waiter| waiter.call.reply);
+        let replies: Vec<Reply> = replies.chain(self.queue.drain(..).map(|call| call.reply)).collect();
+        for reply in replies {
+            let _ = reply.send(Err(error.clone().into()));
+        }
+        loop {
+            self.failures += 1;
+            if !matches!(error, StoreError::Conflict { .. }) || self.failures > 1 {
+                let pause = workflow::backoff_ms(self.failures.min(4)) as u64;
+                self.engine.pause(Duration::from_millis(pause)).await;
+            }
+            match store::load::<Actor>(&*self.engine.store, self.uid.as_str()).await {
+                Ok(Some(actor)) => {
+                    self.actor = actor;
+                    return Ok(());
+                }
+                Ok(None) => return Err(End),
+                Err(error) => tracing::error!(actor = %self.uid, %error, "cannot read an actor's record"),
+            }
+        }
+    }
+
+    /// The last step of a deletion: the record goes, and with it every reference; what is left to delete is garbage.
+    async fn remove(&mut self, unpurged: Vec<crate::model::NodeName>) -> Result<(), End> {
+        let now = self.engine.clock.wall_ms();
+        let effects = match state::transition(&self.actor, Event::Deleted, now) {
+            Ok((_, effects)) => effects,
+            Err(refused) => {
+                tracing::error!(actor = %self.uid, %refused, "a deletion came too early");
+                return Ok(());
+            }
+        };
+        steps::hit(&self.engine, StepName::Commit, When::Before).map_err(|Killed| End)?;
+        let actor = &self.actor;
+        let mut tx = Tx {
+            deletes: vec![(Kind::Actor, actor.uid.0.clone(), Expect::Revision(actor.revision))],
+            seals: vec![(actor.uid.0.clone(), None)],
+            ..Tx::default()
+        };
+        for effect in effects {
+            if let Effect::Record(event) = effect {
+                tx.events.push(event);
+            }
+        }
+        for snapshot in &actor.snapshots {
+            tx.notes.push(note(actor, snapshot, true));
+            if snapshot.is_durable() {
+                tx.refs.push(RefChange::Drop { holder: retention::holder(actor, snapshot) });
+            }
+        }
+        tx.garbage.extend(unpurged.into_iter().map(|node| Garbage::Purge {
+            node: node.0,
+            actor: actor.uid.0.clone(),
+            atespace: actor.atespace.clone(),
+            name: actor.name.clone(),
+        }));
+        if let Err(error) = self.engine.store.commit(tx).await {
+            return self.start_over(error).await;
+        }
+        super::lock(&self.engine.live).remove(&self.uid);
+        steps::hit(&self.engine, StepName::Commit, When::After).map_err(|Killed| End)?;
+        // So that the blobs are gone when the caller is told; what cannot be deleted now stays garbage.
+        self.engine.collect(Duration::from_secs(10)).await;
+        Err(End)
+    }
+
+    /// Answers whoever waited for what the record now says.
+    fn settle(&mut self) {
+        let mut index = 0;
+        while index < self.waiters.len() {
+            let waiter = &self.waiters[index];
+            let Some(verdict) = self.judge(&waiter.goal) else {
+                index += 1;
+                continue;
+            };
+            let mut waiter = self.waiters.remove(index);
+            match verdict {
+                Err(CallError::Failed { state, .. })
+                    if waiter.goal == Goal::Running
+                        && matches!(waiter.call.verb, Verb::Resume { .. })
+                        && matches!(state, State::New | State::Suspended | State::Paused)
+                        && self.is_worth_another_worker()
+                        && waiter.call.tries < RESUME_TRIES =>
+                {
+                    waiter.call.tries += 1;
+                    self.queue.push_front(waiter.call);
+                }
+                Err(error) => {
+                    let _ = waiter.call.reply.send(Err(error));
+                }
+                Ok(snapshot) => {
+                    let answer = self.answer(snapshot, waiter.was_running);
+                    let _ = waiter.call.reply.send(Ok(answer));
+                }
+            }
+        }
+        if self.waiters.is_empty() && !matches!(self.actor.work, Some(Work::Stop(_) | Work::Checkpoint(_))) {
+            self.refusal = None;
+        }
+    }
+
+    /// The failure was the worker's or the node copy's, not the actor's.
+    fn is_worth_another_worker(&self) -> bool {
+        matches!(self.actor.reason.as_str(), "WORKER_LOST" | "NODE_UNREACHABLE" | "SNAPSHOT_CORRUPT")
+    }
+
+    pub(super) fn answer(&self, snapshot: Option<Snapshot>, was_running: bool) -> Answer {
+        Answer { actor: self.actor.clone(), snapshot, steps: self.steps.clone(), was_running, name: None }
+    }
+}
+
+fn note(actor: &Actor, snapshot: &Snapshot, deleted: bool) -> Note {
+    let shown = SnapshotNote {
+        actor_uid: actor.uid.clone(),
+        atespace: actor.atespace.clone(),
+        actor_name: actor.name.clone(),
+        snapshot: snapshot.clone(),
+    };
+    Note {
+        kind: Kind::Snapshot,
+        key: snapshot.id.0.clone(),
+        atespace: actor.atespace.clone(),
+        name: actor.name.clone(),
+        deleted,
+        doc: serde_json::to_string(&shown).unwrap_or_default(),
+    }
+}
+
+enum Turn {
+    Command(Option<Command>),
+    Done(Done),
+    Uploaded(Result<Outcome, Killed>),
+}
+
+async fn next_op(op: &mut Option<Op>) -> Done {
+    match op {
+        None => std::future::pending().await,
+        Some(Op::Place { future, .. }) => {
+            let result = future.await;
+            match op.take() {
+                Some(Op::Place { call, .. }) => Done::Placed(call, result),
+                _ => std::future::pending().await,
+            }
+        }
+        Some(Op::Step { future }) => Done::Step(future.await),
+        Some(Op::Purge { future }) => Done::Purged(future.await),
+    }
+}
+
+async fn next_upload(
+    upload: &mut Option<(SnapshotId, BoxFuture<'static, Result<Outcome, Killed>>)>,
+) -> Result<Outcome, Killed> {
+    match upload {
+        None => std::future::pending().await,
+        Some((_, future)) => future.await,
+    }
+}
