@@ -33,11 +33,11 @@ const QUEUE: usize = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {
-    /// Carried.
+    /// Carried; `reason` says how it ended when not in order.
     Allowed,
     /// Refused by policy or address filter.
     Denied,
-    /// Allowed, but the other side could not be reached or broke off.
+    /// Allowed, but the other side could not be reached.
     Failed,
 }
 

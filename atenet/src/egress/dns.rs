@@ -254,7 +254,7 @@ mod tests {
         edns.set_version(1);
         message.edns = Some(edns);
         let (reply, _) = ask(&message, Known::Addresses(V4, V6));
-        assert_eq!(reply.metadata.response_code, ResponseCode::BADVERS);
+        assert_eq!(u16::from(reply.metadata.response_code), 16);
         assert!(reply.answers.is_empty());
     }
 

@@ -95,6 +95,8 @@ pub(crate) async fn run(proxy: &Proxy, handed: Handed, session: &CancellationTok
         Some(stop) => {
             (record.verdict, record.reason) = match stop {
                 Stop::Denied(reason) => (Verdict::Denied, reason),
+                // It was carried; how it ended is no more than a remark.
+                Stop::Failed(reason) if !record.upstream.is_empty() => (Verdict::Allowed, reason),
                 Stop::Failed(reason) => (Verdict::Failed, reason),
             };
             match last {

@@ -42,6 +42,9 @@ const ATE_AUTHORIZATION: HeaderName = HeaderName::from_static("ate-authorization
 /// How long the worker may take to open a connection.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How often a request is tried that the actor's side closes its connection on before anything was sent.
+const SEND_TRIES: u32 = 5;
+
 pub(crate) struct Router {
     pub(crate) domain: String,
     pub(crate) limits: Limits,
@@ -245,14 +248,18 @@ impl Router {
 
         let deadline = Instant::now() + self.limits.resume_timeout;
         let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
+        let mut tries = 0;
         let (route, upstream, response) = loop {
+            tries += 1;
             let (route, stream) = self.connect(target, deadline, &mut backoff).await?;
             let mut upstream = Upstream::start(stream, self.limits.header_bytes)
                 .await
                 .map_err(|error| Answer::interrupted(error.to_string()).about(key))?;
             match tokio::time::timeout(self.limits.reply_head, upstream.send(outgoing)).await {
                 Ok(Ok(response)) => break (route, upstream, response),
-                Ok(Err(SendError { error, unsent: Some(request) })) if Instant::now() < deadline => {
+                Ok(Err(SendError { error, unsent: Some(request) }))
+                    if tries < SEND_TRIES && Instant::now() < deadline =>
+                {
                     tracing::debug!(actor = %key, %error, "nothing was sent, trying again");
                     outgoing = request;
                     tokio::time::sleep(backoff.step()).await;

@@ -20,12 +20,14 @@ use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::control;
+use crate::pipe::Prefixed;
 use crate::token::{TokenError, Verifier};
 
 mod address;
@@ -228,6 +230,19 @@ async fn accept(listener: TcpListener, router: Arc<forward::Router>, shutdown: C
     }
 }
 
+/// Reads until it is clear whether the client speaks HTTP/2.
+async fn read_preface(mut stream: TcpStream) -> io::Result<Prefixed<TcpStream>> {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let mut start = Vec::with_capacity(PREFACE.len());
+    while start.len() < PREFACE.len() && PREFACE.starts_with(&start) {
+        let room = (PREFACE.len() - start.len()) as u64;
+        if (&mut stream).take(room).read_buf(&mut start).await? == 0 {
+            break;
+        }
+    }
+    Ok(Prefixed::new(start, stream))
+}
+
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
@@ -238,6 +253,15 @@ async fn connection(
         tracing::debug!(%error, %peer, "TCP_NODELAY");
     }
     let limits = router.limits.clone();
+    // The bound on a request's head begins only when its protocol is known, so this part has its own.
+    let stream = tokio::select! {
+        () = shutdown.cancelled() => return,
+        preface = tokio::time::timeout(limits.header_read, read_preface(stream)) => match preface {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return tracing::debug!(%error, %peer, "a client's connection ended"),
+            Err(_) => return tracing::debug!(%peer, "a client sent nothing in time"),
+        }
+    };
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let router = router.clone();
         async move { Ok::<_, std::convert::Infallible>(router.handle(request, peer).await) }

@@ -41,6 +41,8 @@ const HELD_WHOLE: usize = 64 << 10;
 pub(crate) const DURABILITY: HeaderName = HeaderName::from_static("ate-durability");
 const SYNC: HeaderValue = HeaderValue::from_static("sync");
 const ASYNC: HeaderValue = HeaderValue::from_static("async");
+/// tcpmux: never in use.
+const PROBE_PORT: u32 = 1;
 /// How long the worker may take to say whether it still holds the copy.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -156,13 +158,30 @@ impl Checkpoints {
             Ok(now) => hold.sight(&now),
             Err(LookUpError::Unknown) => Sight::Gone("the actor was deleted".into()),
             Err(LookUpError::Unavailable(_)) => {
-                let ask = IngressOpen { actor_uid: hold.uid.clone(), generation: hold.generation, port: 0 };
-                let answered = upstream::open(&route.endpoint, ask, PROBE_TIMEOUT).await;
+                let answered = probe(route).await;
                 let worker_answers =
-                    matches!(answered, Ok(_) | Err(OpenError::NotNow(_) | OpenError::Refused(_)));
+                    matches!(answered, Ok(()) | Err(OpenError::NotNow(_) | OpenError::Refused(_)));
                 Sight::Unknown { worker_answers }
             }
         }
+    }
+}
+
+/// Asks the worker whether it still holds this copy, through a port that nobody listens on.
+async fn probe(route: &Route) -> Result<(), OpenError> {
+    let ask = IngressOpen { actor_uid: route.uid.clone(), generation: route.generation, port: PROBE_PORT };
+    upstream::open(&route.endpoint, ask, PROBE_TIMEOUT).await.map(drop)
+}
+
+/// The end of a reply without length or chunks is the end of its connection, which looks the same when the worker is
+/// lost: believe it only while the copy is there.
+async fn believe(route: &Route, close_delimited: bool) -> Result<(), String> {
+    if !close_delimited {
+        return Ok(());
+    }
+    match probe(route).await {
+        Ok(()) | Err(OpenError::Refused(_)) => Ok(()),
+        Err(error) => Err(format!("it may have ended early: {error}")),
     }
 }
 
@@ -190,6 +209,9 @@ pub(crate) async fn carry(
     held: impl Send + 'static,
 ) -> Result<Response<Body>, Answer> {
     let (mut head, body) = response.into_parts();
+    let close_delimited = !body.is_end_stream()
+        && body.size_hint().exact().is_none()
+        && !head.headers.contains_key(http::header::TRANSFER_ENCODING);
     sanitize(&mut head);
     let ending = match &route.checkpoint {
         None => Ending::Nothing,
@@ -207,7 +229,13 @@ pub(crate) async fn carry(
         }
         Ending::Hold(hold) => {
             if !is_event_stream(&head.headers) {
-                match collect(&mut body, limits.idle).await {
+                let collected = match collect(&mut body, limits.idle).await {
+                    Ok(whole @ Collected::Whole(..)) => {
+                        believe(&route, close_delimited).await.map(|()| whole)
+                    }
+                    other => other,
+                };
+                match collected {
                     Ok(Collected::Whole(bytes, trailers)) => {
                         upstream.close().await;
                         let sync = checkpoints
@@ -237,7 +265,11 @@ pub(crate) async fn carry(
     let checkpoints = checkpoints.clone();
     tokio::spawn(async move {
         let _held = held;
-        match pump.stream(start, body, &ending).await {
+        let streamed = match pump.stream(start, body, &ending).await {
+            Ok(trailers) => believe(&route, close_delimited).await.map(|()| trailers).map_err(Broken::Reply),
+            broken => broken,
+        };
+        match streamed {
             Ok(trailers) => {
                 upstream.close().await;
                 pump.finish(trailers, ending, &checkpoints, &route).await;
