@@ -294,7 +294,7 @@ pub enum Create {
     /// Create an actor from a template or straight from an image, and boot it
     Actor(Box<CreateActor>),
     /// Create an actor template
-    Template(CreateTemplate),
+    Template(Box<CreateTemplate>),
     /// Create an atespace
     Atespace {
         /// Name (DNS-1123 label)
@@ -476,6 +476,8 @@ pub struct Fork {
 }
 
 /// `substrate tag`.
+// The field is what the option is called.
+#[allow(clippy::struct_field_names)]
 #[derive(Debug, ClapArgs)]
 pub struct Tag {
     /// Actor

@@ -65,7 +65,8 @@ impl Failure {
 
     /// Prints it on stderr and yields the process's exit code.
     pub fn report(&self) -> ExitCode {
-        eprintln!("{}", self.text());
+        // Nobody may be reading any more; the code says it too.
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("{}\n", self.text()).as_bytes());
         ExitCode::from(self.exit as u8)
     }
 

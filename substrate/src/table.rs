@@ -22,11 +22,6 @@ impl Table {
         self.rows.push(cells);
     }
 
-    /// Without rows.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
     /// How wide each column has to be, in characters.
     pub fn widths(&self) -> Vec<usize> {
         let mut widths: Vec<usize> = self.header.iter().map(|text| text.len()).collect();

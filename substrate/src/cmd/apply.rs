@@ -82,7 +82,7 @@ async fn apply(
             Ok(("atespace", metadata.name, outcome))
         }
         Document::Template(metadata, spec) => {
-            let outcome = template(client, &metadata, spec, options.dry_run, global).await?;
+            let outcome = template(client, &metadata, *spec, options.dry_run, global).await?;
             Ok(("template", metadata.name, outcome))
         }
         Document::Actor(metadata, spec, start) => {

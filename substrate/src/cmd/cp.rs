@@ -150,7 +150,7 @@ impl Place<'_> {
             })
             .await?;
         if code != 0 {
-            return Err(self.without_tar(actor, path, code, &String::from_utf8_lossy(&complaints)));
+            return Err(Self::without_tar(actor, path, code, &String::from_utf8_lossy(&complaints)));
         }
         move_into_place(staged, target)
     }
@@ -177,7 +177,7 @@ impl Place<'_> {
         let mut session = Session::open(client, self.start(actor, &["tar", "-C", &dir, "-xf", "-"])).await?;
         let input = session.sender();
         let (from, name) = (local.to_owned(), base.clone());
-        let pack = tokio::task::spawn_blocking(move || pack(&from, &name, input));
+        let pack = tokio::task::spawn_blocking(move || pack(&from, &name, &input));
         let mut complaints = Vec::new();
         let code = session
             .copy_output(|output| {
@@ -195,7 +195,7 @@ impl Place<'_> {
             if local.is_file() {
                 return self.upload_by_cat(client, local, actor, &remote).await;
             }
-            return Err(self.without_tar(actor, path, code, &complaint));
+            return Err(Self::without_tar(actor, path, code, &complaint));
         }
         if code != 0 {
             return Err(remote_error("tar", actor, &remote, code, &complaint));
@@ -232,12 +232,12 @@ impl Place<'_> {
         drop(session);
         let sent = send.await.doing(|| "reading was interrupted".to_owned())?;
         if code != 0 {
-            return Err(self.without_tar(actor, remote, code, &String::from_utf8_lossy(&complaints)));
+            return Err(Self::without_tar(actor, remote, code, &String::from_utf8_lossy(&complaints)));
         }
         sent.doing(|| format!("cannot read {}", local.display()))
     }
 
-    fn without_tar(&self, actor: &str, path: &str, code: i32, complaint: &str) -> Failure {
+    fn without_tar(actor: &str, path: &str, code: i32, complaint: &str) -> Failure {
         let complaint = complaint.trim();
         let why = if complaint.is_empty() { format!("code {code}") } else { complaint.to_owned() };
         Failure::general(format!(
@@ -295,7 +295,7 @@ fn unpack(reader: impl Read, into: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn pack(from: &Path, name: &str, input: mpsc::Sender<ExecInput>) -> std::io::Result<()> {
+fn pack(from: &Path, name: &str, input: &mpsc::Sender<ExecInput>) -> std::io::Result<()> {
     let mut builder = tar::Builder::new(ExecWriter { input: input.clone() });
     builder.follow_symlinks(false);
     if from.is_dir() {
@@ -304,7 +304,7 @@ fn pack(from: &Path, name: &str, input: mpsc::Sender<ExecInput>) -> std::io::Res
         builder.append_file(name, &mut std::fs::File::open(from)?)?;
     }
     builder.finish()?;
-    close_stdin(&input);
+    close_stdin(input);
     Ok(())
 }
 

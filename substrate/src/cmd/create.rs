@@ -23,7 +23,7 @@ const MAX_FILE: u64 = 1 << 20;
 pub async fn run(options: Create, global: &Global) -> Result<(), Failure> {
     match options {
         Create::Actor(options) => actor(*options, global).await,
-        Create::Template(options) => template(options, global).await,
+        Create::Template(options) => template(*options, global).await,
         Create::Atespace { name, labels } => {
             let mut client = connect(global).await?;
             let request = api::CreateAtespaceRequest {

@@ -167,14 +167,18 @@ fn container_facts(facts: &mut Facts, container: &types::Container) {
 }
 
 fn indent(text: &str) -> String {
-    text.lines().map(|line| format!("  {line}\n")).collect()
+    let mut indented = String::new();
+    for line in text.lines() {
+        indented.extend(["  ", line, "\n"]);
+    }
+    indented
 }
 
 fn section(text: &mut String, title: &str, is_empty: bool, body: impl FnOnce() -> String) {
     if is_empty {
-        text.push_str(&format!("\n{title}: none\n"));
+        text.extend(["\n", title, ": none\n"]);
     } else {
-        text.push_str(&format!("\n{title}:\n{}", indent(&body())));
+        text.extend(["\n", title, ":\n", &indent(&body())]);
     }
 }
 

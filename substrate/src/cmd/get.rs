@@ -119,7 +119,7 @@ pub async fn events(options: Events, global: &Global) -> Result<(), Failure> {
     let past = list_events(&mut client, &atespace, &subject, &reason).await?;
     let mut last = past.last().map_or(0, |event| event.revision);
     let mut printer = Printer::new(show);
-    printer.first(past)?;
+    printer.first(&past)?;
     while let Some(message) = stream.message().await? {
         if let Some(Change::Event(event)) = message.change {
             let event = Event::from(event);
@@ -371,7 +371,7 @@ async fn watch<V: Watched>(
                 if bookmark.initial_done
                     && let Some(items) = initial.take()
                 {
-                    printer.first::<V>(items)?;
+                    printer.first::<V>(&items)?;
                 }
             }
             Change::Deleted(deleted)
@@ -421,10 +421,10 @@ impl Printer {
         Self { show, widths: Vec::new() }
     }
 
-    fn first<V: View>(&mut self, items: Vec<V>) -> Result<(), Failure> {
+    fn first<V: View>(&mut self, items: &[V]) -> Result<(), Failure> {
         match self.show.output {
             Output::Table | Output::Wide => {
-                let table = V::table(&items, columns(self.show.output, self.show.all));
+                let table = V::table(items, columns(self.show.output, self.show.all));
                 self.widths = table.widths();
                 print(&table.render())
             }

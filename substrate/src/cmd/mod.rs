@@ -83,10 +83,10 @@ where
 {
     let mut last = Ok(());
     for name in names {
-        if let Err(failure) = verb(name).await {
-            if let Err(earlier) = std::mem::replace(&mut last, Err(failure)) {
-                earlier.report();
-            }
+        if let Err(failure) = verb(name).await
+            && let Err(earlier) = std::mem::replace(&mut last, Err(failure))
+        {
+            earlier.report();
         }
     }
     last

@@ -18,9 +18,9 @@ use crate::failure::{Doing as _, Exit, Failure};
 use crate::progress::during;
 
 /// A wake-up of a large actor takes a while.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_mins(5);
 /// For one request.
-const TTL: Duration = Duration::from_secs(600);
+const TTL: Duration = Duration::from_mins(10);
 
 /// Signs a token with the key of a state directory.
 pub fn sign(dir: &Path, atespace: &str, actor: Option<String>, ttl: Duration) -> Result<String, Failure> {
@@ -38,7 +38,7 @@ pub fn sign(dir: &Path, atespace: &str, actor: Option<String>, ttl: Duration) ->
 }
 
 /// `substrate token`.
-pub async fn token(options: Token, global: &Global) -> Result<(), Failure> {
+pub fn token(options: &Token, global: &Global) -> Result<(), Failure> {
     let up = up_info(global)?;
     let token = sign(&up.dir, &global.atespace, options.actor.clone(), options.ttl)?;
     if global.output.is_machine() {
@@ -60,10 +60,8 @@ pub async fn run(options: Request, global: &Global) -> Result<(), Failure> {
     let (method, path) = method_and_path(&options.words, options.data.is_some())?;
     let up = up_info(global)?;
     let token = sign(&up.dir, &global.atespace, Some(options.name.clone()), TTL)?;
-    let mut target = format!("{}/{}", global.atespace, options.name);
-    if let Some(port) = options.port {
-        target.push_str(&format!(":{port}"));
-    }
+    let port = options.port.map_or_else(String::new, |port| format!(":{port}"));
+    let target = format!("{}/{}{port}", global.atespace, options.name);
     let mut request = hyper::Request::builder()
         .method(method)
         .uri(&path)

@@ -224,15 +224,14 @@ pub async fn fork(options: Fork, global: &Global) -> Result<(), Failure> {
 pub async fn tag(options: Tag, global: &Global) -> Result<(), Failure> {
     let mut client = connect(global).await?;
     let actor = Some(actor_ref(global, &options.name));
-    let snapshot = match options.snapshot {
-        Some(snapshot) => snapshot,
-        None => {
-            let actor = client.get_actor(api::GetActorRequest { actor: actor.clone() }).await?.into_inner();
-            actor.last_snapshot.map(|snapshot| snapshot.id).filter(|id| !id.is_empty()).ok_or_else(|| {
-                Failure::new(Exit::Refused, format!("actor {} has no snapshot to tag", options.name))
-                    .with_way_out(format!("make one with `substrate checkpoint {}`", options.name))
-            })?
-        }
+    let snapshot = if let Some(snapshot) = options.snapshot {
+        snapshot
+    } else {
+        let actor = client.get_actor(api::GetActorRequest { actor: actor.clone() }).await?.into_inner();
+        actor.last_snapshot.map(|snapshot| snapshot.id).filter(|id| !id.is_empty()).ok_or_else(|| {
+            Failure::new(Exit::Refused, format!("actor {} has no snapshot to tag", options.name))
+                .with_way_out(format!("make one with `substrate checkpoint {}`", options.name))
+        })?
     };
     let request = api::TagSnapshotRequest { actor, snapshot, tag: options.tag, request_id: request_id() };
     let snapshot = Snapshot::from(client.tag_snapshot(request).await?.into_inner());

@@ -23,18 +23,16 @@ pub async fn run(global: &Global) -> Result<(), Failure> {
     if global.output.is_machine() {
         return print(&machine_text(&versions, global.output)?);
     }
-    let mut text = format!("substrate {}\n", versions.version);
-    if let Some(up) = &versions.running {
-        text.push_str(&format!(
+    let running = match &versions.running {
+        Some(up) => format!(
             "running   {} (pid {}, {})\nrunsc     {} (sha256 {})\n",
             up.version,
             up.pid,
             up.dir.display(),
             up.runsc_version,
             up.runsc_sha256
-        ));
-    } else {
-        text.push_str("running   nothing here\n");
-    }
-    print(&text)
+        ),
+        None => "running   nothing here\n".to_owned(),
+    };
+    print(&format!("substrate {}\n{running}", versions.version))
 }

@@ -6,7 +6,7 @@
 //! ```
 mod probe;
 
-pub use probe::{Runtime, gather, runtime};
+pub use probe::{Runtime, gather, runtime, workspace};
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,7 +20,7 @@ use crate::quantity::bytes;
 use crate::table::Table;
 
 /// Oldest runsc that is good: before it, a third of suspended tokio programs hang after a restore (docs/runsc.md).
-pub const OLDEST_RUNSC: u32 = 2026_04_01;
+pub const OLDEST_RUNSC: u32 = 20_260_401;
 /// Free bytes without which nothing starts.
 pub const LEAST_DISK: u64 = 512 << 20;
 /// Free bytes below which it will soon be tight.
@@ -397,11 +397,8 @@ pub async fn run(options: &Doctor, global: &Global) -> Result<ExitCode, Failure>
 
 fn text(checks: &[Check], output: Output) -> String {
     if output == Output::Name {
-        return checks
-            .iter()
-            .filter(|c| c.verdict == Verdict::Missing)
-            .map(|c| format!("{}\n", c.name))
-            .collect();
+        let names = checks.iter().filter(|check| check.verdict == Verdict::Missing);
+        return names.flat_map(|check| [check.name, "\n"]).collect();
     }
     let mut table = Table::new(&["", "CHECK", "FOUND"]);
     for check in checks {
@@ -432,7 +429,7 @@ mod tests {
             runsc: Ok(Runsc {
                 path: "/usr/local/bin/runsc".into(),
                 version: "release-20260901.0".into(),
-                date: Some(2026_09_01),
+                date: Some(20_260_901),
                 has_checkpoint: true,
                 complaint: String::new(),
             }),
@@ -463,9 +460,12 @@ mod tests {
         assert_eq!(preflight(&checks), Ok(()));
     }
 
+    /// Check, what it says, its way out, how the machine differs from a good one.
+    type Case = (&'static str, &'static str, &'static str, fn(&mut Facts));
+
     #[test]
     fn each_thing_that_is_missing_is_named_with_a_way_out() {
-        let cases: [(&str, &str, &str, fn(&mut Facts)); 14] = [
+        let cases: [Case; 14] = [
             ("root", "uid 1000", "sudo", |f| f.uid = 1000),
             ("kernel", "5.10", "newer kernel", |f| f.kernel = "5.10.0-28-amd64".into()),
             ("runsc", "not found", "curl", |f| f.runsc = Err("runsc was not found in PATH".into())),
@@ -473,14 +473,14 @@ mod tests {
                 f.runsc = Ok(Runsc { has_checkpoint: false, ..f.runsc.clone().unwrap() });
             }),
             ("runsc", "older than 2026-04", "/src/scripts/setup", |f| {
-                f.runsc = Ok(Runsc { date: Some(2024_07_29), ..f.runsc.clone().unwrap() });
+                f.runsc = Ok(Runsc { date: Some(20_240_729), ..f.runsc.clone().unwrap() });
                 f.setup_script = Some("/src/scripts/setup".into());
             }),
             ("ateom-gvisor", "not", "--ateom", |f| {
-                f.ateom = Err("ateom-gvisor is not beside substrate".into())
+                f.ateom = Err("ateom-gvisor is not beside substrate".into());
             }),
             ("nft", "nft", "apt-get install -y nftables", |f| {
-                f.nft = Err("nft was not found in PATH".into())
+                f.nft = Err("nft was not found in PATH".into());
             }),
             ("nft", "tables", "modprobe nf_tables", |f| f.nft_works = Some(Err("denied".into()))),
             ("cgroup", "neither", "mount", |f| f.cgroup2 = None),

@@ -186,7 +186,7 @@ fn version_date(version: &str) -> Option<u32> {
         .split(|c: char| !c.is_ascii_digit())
         .filter(|part| part.len() == 8)
         .filter_map(|part| part.parse().ok())
-        .find(|date| (2018_01_01..2100_01_01).contains(date))
+        .find(|date| (20_180_101..21_000_101).contains(date))
 }
 
 /// The runtime that `up` hands to workers.
@@ -302,10 +302,10 @@ mod tests {
 
     #[test]
     fn dates_are_read_from_versions() {
-        assert_eq!(version_date("release-20260901.0"), Some(2026_09_01));
-        assert_eq!(version_date("substrate-20260905"), Some(2026_09_05));
-        assert_eq!(version_date("20240729.0"), Some(2024_07_29));
-        assert_eq!(version_date("0.0~20221219.0"), Some(2022_12_19));
+        assert_eq!(version_date("release-20260901.0"), Some(20_260_901));
+        assert_eq!(version_date("substrate-20260905"), Some(20_260_905));
+        assert_eq!(version_date("20240729.0"), Some(20_240_729));
+        assert_eq!(version_date("0.0~20221219.0"), Some(20_221_219));
         assert_eq!(version_date("VERSION_MISSING"), None);
     }
 

@@ -13,11 +13,12 @@
 //!
 //! Workers are processes of their own and adopted at the next start; so every way out but the orderly one leaves them
 //! alone: a second signal, a failed part and kill -9 lose nothing.
-mod config;
+pub mod config;
 mod lock;
 mod logging;
 mod parts;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -36,7 +37,7 @@ use config::Settings;
 use parts::Parts;
 
 /// How long workers may take to come up before that is said and the start goes on.
-const WORKERS_PATIENCE: Duration = Duration::from_secs(60);
+const WORKERS_PATIENCE: Duration = Duration::from_mins(1);
 
 /// `substrate up`.
 pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
@@ -102,7 +103,7 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
         }
         Ok(signal) if settings.leave_workers => {
             tracing::info!(signal, "ending, workers are left");
-            eprintln!("substrate: ending; actors run on and are adopted by the next start");
+            note("substrate: ending; actors run on and are adopted by the next start");
             parts.stop().await;
             Ok(ExitCode::SUCCESS)
         }
@@ -111,7 +112,7 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
             tokio::select! {
                 result = wind_down(&mut parts, &settings, control, ateom.clone()) => result,
                 _ = signals.next() => {
-                    eprintln!("substrate: ended by a second signal; workers are left for the next start");
+                    note("substrate: ended by a second signal; workers are left for the next start");
                     Ok(ExitCode::from(Exit::Failed as u8))
                 }
             }
@@ -120,6 +121,11 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
     tracing::info!("ended");
     drop(lock);
     result
+}
+
+/// A line on stderr; nobody may be reading any more.
+fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// SIGINT and SIGTERM.
@@ -312,7 +318,7 @@ async fn wind_down(
         }
     };
     if answer.suspended > 0 {
-        eprintln!("substrate: suspended {}", actors(answer.suspended as usize));
+        note(&format!("substrate: suspended {}", actors(answer.suspended as usize)));
     }
     if !answer.failed.is_empty() {
         parts.stop().await;

@@ -8,8 +8,9 @@
 //! ```
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -230,6 +231,7 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
         ateom,
         runsc,
     );
+    config.cgroup = cgroup(&settings.dir);
     config.runsc_sha256 = runtime.map(|runtime| runtime.sha256.clone());
     config.min_free_bytes = given.min_free_bytes.unwrap_or(config.min_free_bytes);
     config.snapshot_cache_bytes = given.snapshot_cache_bytes.unwrap_or(config.snapshot_cache_bytes);
@@ -237,6 +239,15 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
     config.log_files = given.log_files.unwrap_or(config.log_files);
     config.concurrent_starts = given.concurrent_starts.unwrap_or(config.concurrent_starts);
     config
+}
+
+/// Parent of the workers' control groups: two machines in one (a test beside the real one) must not share them.
+fn cgroup(dir: &Path) -> String {
+    if dir == Path::new(crate::args::DEFAULT_DIR) {
+        return "substrate".to_owned();
+    }
+    let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
+    format!("substrate-{}", hex::encode(&digest[..4]))
 }
 
 fn egress_config(settings: &Settings, api: &str) -> atenet::egress::Config {
