@@ -13,6 +13,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::error::ImageError;
 use super::reference::Digest;
@@ -67,13 +68,20 @@ pub(super) struct Extracted {
     pub tree: Finished,
 }
 
-/// Hashes and counts what passes; stops at a limit and at a deadline.
+/// When to stop: at a deadline, or when nobody wants the result any more.
+#[derive(Debug, Clone)]
+struct Until {
+    deadline: Instant,
+    cancel: CancellationToken,
+}
+
+/// Hashes and counts what passes; stops at a limit and when it is told to.
 struct Meter<R> {
     inner: R,
     hash: Sha256,
     count: u64,
     limit: u64,
-    deadline: Instant,
+    until: Until,
 }
 
 /// Marks the errors that a [`Meter`] raises itself.
@@ -83,11 +91,13 @@ enum Stop {
     TooLarge,
     #[error("too slow")]
     TooSlow,
+    #[error("given up")]
+    Cancelled,
 }
 
 impl<R: Read> Meter<R> {
-    fn new(inner: R, limit: u64, deadline: Instant) -> Self {
-        Self { inner, hash: Sha256::new(), count: 0, limit, deadline }
+    fn new(inner: R, limit: u64, until: Until) -> Self {
+        Self { inner, hash: Sha256::new(), count: 0, limit, until }
     }
 
     fn digest(&self) -> Digest {
@@ -103,8 +113,11 @@ impl<R: Read> Read for Meter<R> {
         if self.count > self.limit {
             return Err(io::Error::other(Stop::TooLarge));
         }
-        if Instant::now() > self.deadline {
+        if Instant::now() > self.until.deadline {
             return Err(io::Error::other(Stop::TooSlow));
+        }
+        if self.until.cancel.is_cancelled() {
+            return Err(io::Error::other(Stop::Cancelled));
         }
         Ok(read)
     }
@@ -116,12 +129,13 @@ pub(super) fn verify(
     expected: &Expected,
     limits: &Limits,
     unpack: bool,
+    cancel: &CancellationToken,
 ) -> Result<(), ImageError> {
-    let deadline = Instant::now() + limits.layer_time;
-    let mut outer = Meter::new(blob, expected.size, deadline);
+    let until = Until { deadline: Instant::now() + limits.layer_time, cancel: cancel.clone() };
+    let mut outer = Meter::new(blob, expected.size, until.clone());
     let result = if unpack {
         decoder(BufReader::with_capacity(1 << 17, &mut outer)).and_then(|plain| {
-            let mut inner = Meter::new(plain, limits.layer_bytes, deadline);
+            let mut inner = Meter::new(plain, limits.layer_bytes, until);
             io::copy(&mut inner, &mut io::sink())?;
             Ok(Some(inner.digest()))
         })
@@ -143,10 +157,11 @@ pub(super) fn extract(
     limits: &Limits,
     target: &Path,
     progress: &dyn Fn(u64),
+    cancel: &CancellationToken,
 ) -> Result<Extracted, ImageError> {
-    let deadline = Instant::now() + limits.layer_time;
-    let mut outer = Meter::new(Reporting { inner: blob, count: 0, progress }, expected.size, deadline);
-    let result = unpack(BufReader::with_capacity(1 << 17, &mut outer), expected, limits, deadline, target);
+    let until = Until { deadline: Instant::now() + limits.layer_time, cancel: cancel.clone() };
+    let mut outer = Meter::new(Reporting { inner: blob, count: 0, progress }, expected.size, until.clone());
+    let result = unpack(BufReader::with_capacity(1 << 17, &mut outer), expected, limits, until, target);
     check_blob(&mut outer, expected, limits)?;
     let (extracted, found) = result?;
     check_diff_id(&found, expected)?;
@@ -227,6 +242,10 @@ fn unreadable(error: &io::Error, expected: &Expected, limits: &Limits) -> ImageE
             what: format!("unpacking layer {}", expected.diff_id),
             after: limits.layer_time,
         },
+        Some(Stop::Cancelled) => ImageError::Internal {
+            what: format!("unpacking layer {}", expected.diff_id),
+            reason: "it was given up, another layer of the image failed".into(),
+        },
         None => ImageError::Corrupt {
             what: format!("layer blob {} from {}", expected.blob, expected.source),
             reason: format!("it cannot be uncompressed: {error}"),
@@ -251,7 +270,7 @@ fn unpack(
     blob: impl BufRead,
     expected: &Expected,
     limits: &Limits,
-    deadline: Instant,
+    until: Until,
     target: &Path,
 ) -> Result<(Extracted, Digest), ImageError> {
     let io = |error: io::Error| ImageError::io(format!("unpack layer {}", expected.diff_id), target, error);
@@ -265,7 +284,7 @@ fn unpack(
         TarError::Io(error) => unreadable(&error, expected, limits),
     };
     let plain = decoder(blob).map_err(|error| unreadable(&error, expected, limits))?;
-    let mut archive = Tarball::new(Meter::new(plain, limits.layer_bytes, deadline));
+    let mut archive = Tarball::new(Meter::new(plain, limits.layer_bytes, until));
     let mut tree = Tree::new(target).map_err(io)?;
     let (mut members, mut bytes) = (0_u64, 0_u64);
     let mut buffer = vec![0; 128 << 10];

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
 
 use super::auth::Credentials;
 use super::error::ImageError;
@@ -505,6 +506,10 @@ impl Inner {
         // Pinned before anything is looked up, until the image's record keeps them.
         let pins: Vec<Pin> = diff_ids.iter().map(|diff_id| self.index.pin(diff_id)).collect();
         meter.begin(total);
+        // The first failure stops the others; all are waited for, so that nothing of them is left when it is told.
+        let cancel = CancellationToken::new();
+        let _stop = cancel.clone().drop_guard();
+        let failed = OnceLock::new();
         let layers = described.layers.iter().zip(diff_ids).map(|(layer, diff_id)| {
             let expected = Expected {
                 blob: layer.digest.clone(),
@@ -512,9 +517,19 @@ impl Inner {
                 diff_id: diff_id.clone(),
                 source: source.clone(),
             };
-            self.layer(&described.origin, expected, meter)
+            let (origin, cancel, failed) = (&described.origin, &cancel, &failed);
+            async move {
+                if let Err(error) = self.layer(origin, expected, meter, cancel).await {
+                    // Later ones are consequences of the first.
+                    let _ = failed.set(error);
+                    cancel.cancel();
+                }
+            }
         });
-        futures::future::try_join_all(layers).await?;
+        futures::future::join_all(layers).await;
+        if let Some(error) = failed.into_inner() {
+            return Err(error);
+        }
         let record = ImageRecord {
             digest: described.digest.clone(),
             aliases: described.aliases,
@@ -542,28 +557,37 @@ impl Inner {
         origin: &Origin,
         expected: Expected,
         meter: &Arc<Meter>,
+        cancel: &CancellationToken,
     ) -> Result<(), ImageError> {
-        let _alone = self.layer_locks.lock(expected.diff_id.clone()).await;
+        let given_up = || ImageError::Internal {
+            what: format!("pulling layer {}", expected.diff_id),
+            reason: "it was given up, another layer of the image failed".into(),
+        };
+        let alone = self.layer_locks.lock(expected.diff_id.clone());
+        let _alone = cancel.run_until_cancelled(alone).await.ok_or_else(given_up)?;
         let known = self.index.layer(&expected.diff_id);
         let sources = known.as_ref().and_then(|layer| layer.blobs.get(&expected.blob));
         if sources.is_some_and(|sources| sources.contains(&expected.source)) {
             meter.skip(expected.size);
             return Ok(());
         }
-        if let (Origin::Registry(caller), Some(sources)) = (origin, sources) {
-            let registry = format!("{}/", caller.repository.registry);
-            let same_registry = sources.iter().any(|source| source.starts_with(&registry));
-            if same_registry && self.registry.check(caller, "blobs", &expected.blob).await.is_ok() {
-                meter.skip(expected.size);
-                return self.add_blob(&expected).await;
+        let pull = async {
+            if let (Origin::Registry(caller), Some(sources)) = (origin, sources) {
+                let registry = format!("{}/", caller.repository.registry);
+                let same_registry = sources.iter().any(|source| source.starts_with(&registry));
+                if same_registry && self.registry.check(caller, "blobs", &expected.blob).await.is_ok() {
+                    return Ok(None);
+                }
             }
-        }
-        let pulled = self.blob(origin, &expected, meter).await?;
-        let _permit = self.unpacks.acquire().await;
-        let inner = Arc::clone(self);
-        let of_meter = Arc::clone(meter);
-        let is_mapped = sources.is_some();
-        let is_known = known.is_some();
+            let pulled = self.blob(origin, &expected, meter).await?;
+            Ok(Some((pulled, self.unpacks.acquire().await)))
+        };
+        let Some((pulled, _permit)) = cancel.run_until_cancelled(pull).await.ok_or_else(given_up)?? else {
+            meter.skip(expected.size);
+            return self.add_blob(&expected).await;
+        };
+        let (inner, meter, cancel) = (Arc::clone(self), Arc::clone(meter), cancel.clone());
+        let (is_known, is_mapped) = (known.is_some(), sources.is_some());
         let (origin, wanted) = (origin.clone(), expected.clone());
         blocking("unpacking a layer", move || {
             let blob: Box<dyn std::io::Read + Send> = match (&pulled, &origin) {
@@ -575,11 +599,11 @@ impl Inner {
                 (None, Origin::Registry(_)) => Box::new(std::io::empty()),
             };
             if is_known {
-                layer::verify(blob, &wanted, &inner.config.limits, !is_mapped)?;
-                of_meter.unpacked(wanted.size);
+                layer::verify(blob, &wanted, &inner.config.limits, !is_mapped, &cancel)?;
+                meter.unpacked(wanted.size);
                 return Ok(());
             }
-            inner.extract(blob, &wanted, &of_meter)
+            inner.extract(blob, &wanted, &meter, &cancel)
         })
         .await?;
         self.add_blob(&expected).await
@@ -611,8 +635,10 @@ impl Inner {
         let io = |error| ImageError::io("create a file for a blob", &self.config.dir, error);
         let temporary = self.index.temporary();
         let path = temporary.path();
-        let mut options = tokio::fs::OpenOptions::new();
-        let mut file = options.read(true).write(true).create_new(true).open(path).await.map_err(io)?;
+        // Not by tokio: an opening that nobody waits for any more would make the file after its removal.
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.read(true).write(true).create_new(true).open(path).map_err(io)?;
+        let mut file = tokio::fs::File::from_std(file);
         let last = AtomicU64::new(0);
         let progress = |done: u64| {
             let before = last.swap(done, Ordering::Relaxed);
@@ -632,6 +658,7 @@ impl Inner {
         blob: impl std::io::Read,
         expected: &Expected,
         meter: &Meter,
+        cancel: &CancellationToken,
     ) -> Result<(), ImageError> {
         let io =
             |error| ImageError::io(format!("unpack layer {}", expected.diff_id), &self.config.dir, error);
@@ -644,9 +671,9 @@ impl Inner {
             .and_then(|dir| dir.set_modified(SystemTime::UNIX_EPOCH))
             .map_err(io)?;
         let last = std::cell::Cell::new(0);
-        let extracted = layer::extract(blob, expected, &self.config.limits, target.path(), &|done| {
-            meter.unpacked(done - last.replace(done));
-        })?;
+        let progress = |done| meter.unpacked(done - last.replace(done));
+        let limits = &self.config.limits;
+        let extracted = layer::extract(blob, expected, limits, target.path(), &progress, cancel)?;
         self.extractions.fetch_add(1, Ordering::Relaxed);
         let record = LayerRecord {
             diff_id: expected.diff_id.clone(),
