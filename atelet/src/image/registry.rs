@@ -28,6 +28,8 @@ use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use sha2::Digest as _;
 use tokio::io::AsyncWriteExt as _;
 
@@ -47,6 +49,8 @@ pub struct RegistryConfig {
     pub attempts: u32,
     /// First pause between attempts, default 250 ms; it doubles each time and varies by half.
     pub pause: Duration,
+    /// More CA certificates (PEM) to trust besides the system's, for private registries.
+    pub ca_file: Option<PathBuf>,
     /// Longest pause a registry may ask for with `Retry-After`; beyond, its 429 is final. Default 20 s.
     pub max_retry_after: Duration,
 }
@@ -58,6 +62,7 @@ impl Default for RegistryConfig {
             idle_timeout: Duration::from_secs(30),
             attempts: 5,
             pause: Duration::from_millis(250),
+            ca_file: None,
             max_retry_after: Duration::from_secs(20),
         }
     }
@@ -408,13 +413,8 @@ impl Registry {
             let client = if let Some(client) = self.tls.get() {
                 client
             } else {
-                let client = tls_client(&self.config).map_err(|error| {
-                    Failure::Final(ImageError::Unreachable {
-                        host: host.to_owned(),
-                        reason: format!(
-                            "no CA certificates are installed ({error}): install ca-certificates"
-                        ),
-                    })
+                let client = tls_client(&self.config).map_err(|reason| {
+                    Failure::Final(ImageError::Unreachable { host: host.to_owned(), reason })
                 })?;
                 self.tls.get_or_init(|| client)
             };
@@ -633,9 +633,28 @@ fn connector(config: &RegistryConfig) -> HttpConnector {
 
 fn tls_client(
     config: &RegistryConfig,
-) -> std::io::Result<Client<hyper_rustls::HttpsConnector<HttpConnector>, Body>> {
+) -> Result<Client<hyper_rustls::HttpsConnector<HttpConnector>, Body>, String> {
+    let mut roots = rustls::RootCertStore::empty();
+    let system = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(system.certs);
+    if let Some(path) = &config.ca_file {
+        let bad = |error: &dyn std::fmt::Display| format!("CA file {}: {error}", path.display());
+        for certificate in CertificateDer::pem_file_iter(path).map_err(|error| bad(&error))? {
+            let certificate = certificate.map_err(|error| bad(&error))?;
+            roots.add(certificate).map_err(|error| bad(&error))?;
+        }
+    }
+    if roots.is_empty() {
+        return Err("no CA certificates are installed: install ca-certificates".into());
+    }
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
     let connector = hyper_rustls::HttpsConnectorBuilder::new()
-        .with_provider_and_native_roots(rustls::crypto::ring::default_provider())?
+        .with_tls_config(tls)
         .https_only()
         .enable_http1()
         .wrap_connector(connector(config));

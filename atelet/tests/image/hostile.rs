@@ -308,3 +308,27 @@ async fn local_images_stay_within_their_roots() {
         assert!(store.resolve("tenant", reference).await.is_err());
     }
 }
+
+#[tokio::test]
+async fn a_full_disk_is_said_and_left_as_it_was() {
+    need_root!();
+    for (option, files) in [("size=6m", vec![8 << 20]), ("nr_inodes=200", vec![1; 400])] {
+        let home = Home::new();
+        let small = home.path("store");
+        std::fs::create_dir(&small).unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("small"), &small, Some("tmpfs"), flags, Some(option)).unwrap();
+        let mut layer = Layer::default();
+        for (number, size) in files.into_iter().enumerate() {
+            layer = layer.file(&format!("f{number}"), &vec![7; size]);
+        }
+        let reference = home.layout("layout", &gzip_image(vec![layer.finish()]));
+        let good = home.layout("good", &gzip_image(vec![Layer::default().file("ok", b"").finish()]));
+        let store = home.open().await;
+        let error = ensure(&store, &reference).await.unwrap_err();
+        assert!(matches!(error, ImageError::DiskFull { .. }), "{option}: {error}");
+        assert!(error.to_string().contains(&small.display().to_string()), "{error}");
+        assert_eq!(home.contents(), [""; 0], "{option}");
+        ensure(&store, &good).await.unwrap();
+    }
+}

@@ -273,7 +273,8 @@ impl Home {
     }
 
     pub fn unmount_all(&self) {
-        for point in self.mounts() {
+        // The last one mounted first: they may lie in each other.
+        for point in self.mounts().iter().rev() {
             nix::mount::umount2(point.as_str(), nix::mount::MntFlags::MNT_DETACH).unwrap();
         }
     }

@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use atelet::image::{ImageStore, Reference};
+use atelet::image::{ImageError, ImageStore, Reference};
 use serde_json::json;
 
 use crate::support::*;
@@ -55,14 +55,14 @@ impl Drop for Server {
     }
 }
 
-/// Starts the registry server on a free port of loopback.
-fn serve(dir: &Path) -> Server {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    std::fs::create_dir(dir).unwrap();
+/// Starts the registry server on a free port of a loopback address; `tls` are lines of its configuration.
+fn serve(dir: &Path, address: &str, tls: &str) -> Server {
+    let port = std::net::TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
+    std::fs::create_dir_all(dir).unwrap();
     std::fs::write(dir.join("htpasswd"), HTPASSWD).unwrap();
     let config = format!(
         "version: 0.1\nlog: {{level: info}}\nstorage:\n  filesystem: {{rootdirectory: {root}/data}}\nhttp:\n  addr: \
-         127.0.0.1:{port}\nauth:\n  htpasswd: {{realm: test, path: {root}/htpasswd}}\n",
+         {address}:{port}\n{tls}auth:\n  htpasswd: {{realm: test, path: {root}/htpasswd}}\n",
         root = dir.display()
     );
     std::fs::write(dir.join("config.yml"), config).unwrap();
@@ -158,7 +158,7 @@ async fn images_of_real_tools_through_a_real_registry() {
     }
     let home = Home::new();
     let expected = make_layout(&home);
-    let server = serve(&home.path("registry"));
+    let server = serve(&home.path("registry"), "127.0.0.1", "");
     let host = format!("127.0.0.1:{}", server.port);
     let source = format!("oci:{}:latest", home.path("made").display());
     let push = |repository: &str, options: &[&str]| -> Reference {
@@ -201,4 +201,41 @@ async fn images_of_real_tools_through_a_real_registry() {
     run("skopeo", &["copy", "--quiet", &source, &format!("oci-archive:{archive}:v1")]);
     let image = ensure(&store, &format!("oci-archive:{archive}:v1").parse().unwrap()).await.unwrap();
     same_tree(&expected, &image.rootfs);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_behind_tls_is_trusted_by_its_ca_only() {
+    need_root!();
+    if !have(&["docker-registry", "openssl"]) {
+        return;
+    }
+    let home = Home::new();
+    let dir = home.path("registry");
+    std::fs::create_dir(&dir).unwrap();
+    let (key, certificate) =
+        (dir.join("key.pem").display().to_string(), dir.join("cert.pem").display().to_string());
+    let names = [
+        "-subj",
+        "/CN=registry",
+        "-addext",
+        "subjectAltName=IP:127.0.0.2",
+        "-addext",
+        "basicConstraints=critical,CA:FALSE",
+    ];
+    let fixed =
+        ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
+    run("openssl", &[&fixed[..], &names[..], &["-keyout", &key, "-out", &certificate]].concat());
+    let server = serve(&dir, "127.0.0.2", &format!("  tls: {{certificate: {certificate}, key: {key}}}\n"));
+    let reference: Reference = format!("127.0.0.2:{}/a:v1", server.port).parse().unwrap();
+    let mut config = home.config();
+    config.registry.attempts = 1;
+    let store = ImageStore::open(config.clone()).await.unwrap();
+    let error = ensure(&store, &reference).await.unwrap_err().to_string();
+    assert!(error.contains("UnknownIssuer") || error.contains("invalid peer certificate"), "{error}");
+    drop(store);
+    config.registry.ca_file = Some(certificate.into());
+    let store = ImageStore::open(config).await.unwrap();
+    // The server answers, so the connection stands; it wants credentials.
+    let error = ensure(&store, &reference).await.unwrap_err();
+    assert!(matches!(error, ImageError::Denied { .. }), "{error}");
 }
