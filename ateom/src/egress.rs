@@ -142,7 +142,7 @@ impl Link {
                         tracing::warn!(%error, "lost the egress proxy");
                     }
                 }
-                Err(error) => tracing::debug!(%error, path = %self.path.display(), "no egress proxy"),
+                Err(error) => tracing::trace!(%error, path = %self.path.display(), "no egress proxy"),
             }
             let over = tokio::time::sleep(pause);
             tokio::pin!(over);

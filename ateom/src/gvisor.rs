@@ -258,13 +258,13 @@ struct GvisorSandbox {
 impl GvisorSandbox {
     /// Writes the bundles; returns each container's id with its bundle's path.
     fn write_bundles(&self, spec: &SandboxSpec) -> Result<Vec<(String, String)>, RuntimeError> {
-        let hostname = if spec.hostname.is_empty() { "actor" } else { &spec.hostname };
+        let hostname = if spec.hostname.is_empty() { bundle::HOSTNAME } else { &spec.hostname };
         let etc = bundle::write_etc(&self.directory, hostname)?;
         let mut bundles = Vec::new();
         for (index, container) in spec.containers.iter().enumerate() {
             let id = bundle::container_id(index, &container.name);
             let path = self.directory.join(format!("bundle-{id}"));
-            let value = bundle::workload_spec(container, &spec.hostname, &etc, &self.network_namespace);
+            let value = bundle::workload_spec(container, &etc, &self.network_namespace);
             bundle::write(&path, &value)?;
             bundles.push((id, path.display().to_string()));
         }

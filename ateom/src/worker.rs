@@ -40,6 +40,8 @@ const INGRESS_SOCKET: &str = "ingress.sock";
 /// Group of the ateom itself below the worker's.
 const OWN_GROUP: &str = "ateom";
 const FENCE_LIMIT: Duration = Duration::from_secs(10);
+/// How long clients may take to read what was answered before an ended worker's process goes.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
 /// What a worker process is told on its command line.
 #[derive(Debug, Clone)]
@@ -292,11 +294,18 @@ impl Claimed {
         record.store(&config.state_dir).context("cannot write worker.json")?;
         tracing::info!(worker = config.worker_id, socket = %socket.display(), "serving");
         let signals = tokio::spawn(end_when_told(slot.clone(), ended_sender.clone()));
-        tonic::transport::Server::builder()
+        let server = tonic::transport::Server::builder()
             .add_service(AteomServer::new(Service::new(slot, ended_sender)))
-            .serve_with_incoming_shutdown(connections, wait_for(ended))
-            .await
-            .context("the gRPC server failed")?;
+            .serve_with_incoming_shutdown(connections, wait_for(ended.clone()));
+        // Answers under way are sent, but no client can hold an ended worker up.
+        let overdue = async {
+            wait_for(ended).await;
+            tokio::time::sleep(LAST_ANSWERS).await;
+        };
+        tokio::select! {
+            served = server => served.context("the gRPC server failed")?,
+            () = overdue => {}
+        }
         signals.abort();
         for path in [&socket, &ingress_socket, &config.state_dir.join(RECORD)] {
             if let Err(error) = std::fs::remove_file(path) {
@@ -309,13 +318,11 @@ impl Claimed {
     }
 }
 
-/// A group with a process in it cannot be removed, so this process moves to the parent of all workers first.
+/// A group with a process in it cannot be removed, so this process moves to the root first, where it may. Otherwise
+/// the group stays for whoever started this worker to remove.
 fn leave_group(cgroup: &Cgroup) {
-    let Some((parent, _)) = cgroup.name().rsplit_once('/') else { return };
-    let Ok(hierarchy) = Hierarchy::detect() else { return };
-    let left = Cgroup::at(&hierarchy, parent).child("ended");
-    let result = left.ensure().and_then(|()| left.add(0)).and_then(|()| cgroup.remove());
-    if let Err(error) = result {
+    let left = Hierarchy::detect().and_then(|all| Cgroup::at(&all, "").add(0)).and_then(|()| cgroup.remove());
+    if let Err(error) = left {
         tracing::warn!(%error, "the worker's control group stays");
     }
 }

@@ -21,6 +21,9 @@ const OCI_VERSION: &str = "1.2.0";
 const NOFILE: u64 = 65_536;
 /// Files that every container gets unless it mounts its own there.
 const ETC: [&str; 3] = ["resolv.conf", "hosts", "hostname"];
+/// What gethostname(2) says inside. All containers share the root's, which is fixed when it is created ahead and put
+/// back at every restore: so the same for all actors. The actor's own name is in `/etc/hostname` and `/etc/hosts`.
+pub const HOSTNAME: &str = "actor";
 /// Most containers of one sandbox.
 const MAX_CONTAINERS: usize = 10;
 
@@ -106,7 +109,7 @@ pub fn root_spec(rootfs: &Path, network_namespace: &Path) -> Value {
             "noNewPrivileges": true,
         },
         "root": {"path": rootfs, "readonly": true},
-        "hostname": "pause",
+        "hostname": HOSTNAME,
         "mounts": default_mounts(),
         "annotations": {
             "io.kubernetes.cri.container-type": "sandbox",
@@ -117,12 +120,7 @@ pub fn root_spec(rootfs: &Path, network_namespace: &Path) -> Value {
 }
 
 /// Spec of a workload container. `etc` holds the files of [`write_etc`].
-pub fn workload_spec(
-    container: &ResolvedContainer,
-    hostname: &str,
-    etc: &Path,
-    network_namespace: &Path,
-) -> Value {
+pub fn workload_spec(container: &ResolvedContainer, etc: &Path, network_namespace: &Path) -> Value {
     let mut mounts = default_mounts();
     for name in ETC {
         let destination = format!("/etc/{name}");
@@ -142,7 +140,7 @@ pub fn workload_spec(
         "ociVersion": OCI_VERSION,
         "process": process(container, &container.args, &container.env, cwd, false),
         "root": {"path": container.rootfs, "readonly": container.read_only_root},
-        "hostname": if hostname.is_empty() { &container.name } else { hostname },
+        "hostname": HOSTNAME,
         "mounts": mounts,
         "annotations": {
             "io.kubernetes.cri.container-type": "container",
@@ -264,7 +262,7 @@ pub fn spec_digest(spec: &SandboxSpec) -> String {
     let mut all = Map::new();
     all.insert("pause".to_owned(), enforced(&root_spec(Path::new("/"), Path::new("/"))));
     for container in &spec.containers {
-        let value = workload_spec(container, &spec.hostname, Path::new("/"), Path::new("/"));
+        let value = workload_spec(container, Path::new("/"), Path::new("/"));
         all.insert(container.name.clone(), enforced(&value));
     }
     hex::encode(Sha256::digest(sorted(Value::Object(all)).to_string()))
@@ -287,8 +285,9 @@ pub fn write(directory: &Path, spec: &Value) -> Result<(), RuntimeError> {
 pub fn write_etc(directory: &Path, hostname: &str) -> Result<PathBuf, RuntimeError> {
     let etc = directory.join("etc");
     std::fs::create_dir_all(&etc).map_err(file_error("create", &etc))?;
+    let names = if hostname == HOSTNAME { HOSTNAME.to_owned() } else { format!("{hostname} {HOSTNAME}") };
     let hosts =
-        format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n");
+        format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{names}\n");
     let resolver = format!("nameserver {WORKER_V4}\noptions timeout:5 attempts:2\n");
     for (name, content) in ETC.into_iter().zip([resolver, hosts, format!("{hostname}\n")]) {
         let path = etc.join(name);
@@ -380,7 +379,7 @@ mod tests {
             kind: "bind".into(),
             late_bound: false,
         });
-        let spec = workload_spec(&container, "bob", Path::new("/etc-of-ours"), Path::new("/netns"));
+        let spec = workload_spec(&container, Path::new("/etc-of-ours"), Path::new("/netns"));
         let at = |destination: &str| {
             spec["mounts"]
                 .as_array()
