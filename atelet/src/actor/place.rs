@@ -149,7 +149,7 @@ impl ActorPlaces {
                 .map(|(at, file)| (at.to_string(), file.mode & 0o777, file.content.as_slice()))
                 .collect();
             write_tree(&run.join("files"), 0o700, &files)?;
-            self.prepare_volumes(&state, template, snapshot, keep_volumes)?;
+            Self::prepare_volumes(&state, template, snapshot, keep_volumes)?;
             durable::create_dir(&logs)
         })();
         prepared.map_err(failed)?;
@@ -167,7 +167,6 @@ impl ActorPlaces {
     }
 
     fn prepare_volumes(
-        &self,
         state: &Path,
         template: &TemplateSpec,
         snapshot: Option<&NodeSnapshot>,

@@ -45,7 +45,7 @@ const MIN_LEASE_NS: i64 = 1_000_000_000;
 /// Room that any start needs on the disk.
 const START_BYTES: u64 = 64 << 20;
 /// How long clearing a slot is tried before the caller is told that it goes on.
-const CLEAR: Duration = Duration::from_secs(60);
+const CLEAR: Duration = Duration::from_mins(1);
 
 /// Names and times the parts of a call.
 #[derive(Default)]
@@ -474,9 +474,8 @@ impl Node {
                 Ok(())
             }
             Err(status) => match self.failed(worker, &view, "a release", &status, answers::other).await {
-                NodeError::WorkerLost { .. } => Ok(()),
-                // A higher one is there: this one is not.
-                NodeError::Ateom { code: tonic::Code::Aborted, .. } => Ok(()),
+                // With a higher one there, this one is not.
+                NodeError::WorkerLost { .. } | NodeError::Ateom { code: tonic::Code::Aborted, .. } => Ok(()),
                 error => Err(error),
             },
         }
@@ -578,6 +577,8 @@ mod tests {
 
     use super::*;
 
+    type Change = fn(&mut Compatibility);
+
     #[test]
     fn what_a_worker_lacks_is_named() {
         let here = GetCapabilitiesResponse {
@@ -601,7 +602,6 @@ mod tests {
             ..Compatibility::default()
         };
         assert_eq!(incompatible(&fits, &here), None);
-        type Change = fn(&mut Compatibility);
         let changes: [(&str, Change); 5] = [
             ("sandbox class", |needed| needed.sandbox_class = "microvm".into()),
             ("runtime", |needed| needed.runtime_digest = "bb".into()),

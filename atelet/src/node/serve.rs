@@ -81,7 +81,7 @@ pub async fn serve(
             });
             let (handle, task) = Worker::supervise(
                 Arc::clone(&settings),
-                Arc::clone(&hierarchy),
+                &hierarchy,
                 &worker.id,
                 &worker.pool,
                 listener,
@@ -274,29 +274,26 @@ fn noted(state: &Path) -> Vec<String> {
     ids
 }
 
-/// Ends the workers of a node whose agent has stopped: those whose slots are empty. Returns the ids of those that
-/// still hold an actor and were left alone.
+/// Ends the workers of a node whose agent has stopped: those whose slots are empty. One that still holds an actor is
+/// left alone, goes on, and is adopted by the next start.
 ///
 /// # Errors
-/// [`Error::Worker`] when one did not end in time; the others were tried.
-pub async fn stop_workers(config: &Config) -> Result<Vec<String>, Error> {
+/// [`Error::Worker`] for one that still holds an actor or did not end in time; the others were ended.
+pub async fn stop_workers(config: &Config) -> Result<(), Error> {
     let settings = settings(config);
-    let mut left = Vec::new();
-    let mut failed = None;
-    for id in noted(&settings.state) {
-        match stop_worker(&settings, &id).await {
-            Ok(_) => {}
-            Err(Stop::Busy(_)) => left.push(id),
-            Err(error) => {
-                failed = Some(Error::Worker { worker: id, reason: error.to_string() });
-            }
+    let stops = noted(&settings.state).into_iter().map(|id| {
+        let settings = &settings;
+        async move {
+            let stopped = stop_worker(settings, &id).await;
+            stopped.map_err(|error| Error::Worker { worker: id, reason: error.to_string() })
         }
+    });
+    for stopped in futures::future::join_all(stops).await {
+        stopped?;
     }
-    if left.is_empty() {
-        let run: PathBuf = config.run_dir.join("actors");
-        crate::blocking(move || ActorPlaces::unmount(&run)).await;
-    }
-    failed.map_or(Ok(left), Err)
+    let run: PathBuf = config.run_dir.join("actors");
+    crate::blocking(move || ActorPlaces::unmount(&run)).await;
+    Ok(())
 }
 
 #[derive(Debug, thiserror::Error)]

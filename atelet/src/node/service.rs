@@ -210,8 +210,8 @@ impl node_server::Node for Service {
             .into());
         }
         let path = self.0.places.log_dir(&known.atespace, &known.name).join(format!("{container}.log"));
-        let chunks = crate::logs::read(path, request.tail, request.follow).await?;
-        Ok(Response::new(chunks.map(|chunk| chunk.map(|data| api::LogsChunk { data: data.into() })).boxed()))
+        let chunks = crate::logs::read(path, request.tail, request.follow)?;
+        Ok(Response::new(chunks.map(|chunk| chunk.map(|data| api::LogsChunk { data })).boxed()))
     }
 }
 

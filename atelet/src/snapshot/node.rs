@@ -113,6 +113,12 @@ impl Stat {
     }
 }
 
+/// The part of a record that every version has.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
 /// `local.json`. Missing or unreadable costs a full check, nothing else.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -434,7 +440,7 @@ impl NodeSnapshots {
             durable::sync_dir(&staging.dir)?;
             crash::point();
             // An earlier copy is replaced only by a fetch, after it was found corrupt.
-            self.remove(&dir)?;
+            Self::remove(&dir)?;
             std::fs::rename(&staging.dir, &dir).map_err(durable::at("rename to", &dir))?;
             crash::point();
             dir.parent().map_or(Ok(()), durable::sync_dir)
@@ -468,10 +474,6 @@ impl NodeSnapshots {
             Ok(meta) if meta.len() > MAX_RECORD => return Err(corrupt(format!("{} bytes", meta.len()))),
             _ => std::fs::read(&path).map_err(|error| corrupt(error.to_string()))?,
         };
-        #[derive(Deserialize)]
-        struct Version {
-            version: u32,
-        }
         let Version { version } =
             serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
         if version != RECORD_VERSION {
@@ -610,7 +612,7 @@ impl NodeSnapshots {
                     tracing::warn!(actor_uid = uid, snapshot, "dropped while it is in use; it stays for now");
                     return Ok(());
                 }
-                self.remove(&dir).map_err(SnapshotError::io(snapshot))
+                Self::remove(&dir).map_err(SnapshotError::io(snapshot))
             }
             Err(error) => Err(error),
         }
@@ -621,7 +623,7 @@ impl NodeSnapshots {
     /// # Errors
     /// [`SnapshotError::Io`].
     pub fn drop_now(&self, uid: &str, snapshot: &str) -> Result<(), SnapshotError> {
-        self.remove(&self.dir(uid, snapshot)?).map_err(SnapshotError::io(snapshot))
+        Self::remove(&self.dir(uid, snapshot)?).map_err(SnapshotError::io(snapshot))
     }
 
     /// Removes everything of an actor.
@@ -658,7 +660,7 @@ impl NodeSnapshots {
             if self.is_pinned(&dir) {
                 continue;
             }
-            self.remove(&dir)?;
+            Self::remove(&dir)?;
             held -= bytes;
             freed += bytes;
         }
@@ -670,7 +672,7 @@ impl NodeSnapshots {
     }
 
     /// Takes a snapshot away in one step, then removes its files.
-    fn remove(&self, dir: &Path) -> io::Result<()> {
+    fn remove(dir: &Path) -> io::Result<()> {
         let name = dir.file_name().unwrap_or_default().to_string_lossy();
         let gone = dir.with_file_name(format!(".gone-{name}-{}", uuid::Uuid::new_v4()));
         match std::fs::rename(dir, &gone) {

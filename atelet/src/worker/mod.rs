@@ -192,7 +192,7 @@ impl Worker {
     /// Starts the worker's task.
     pub fn supervise(
         settings: Arc<Settings>,
-        hierarchy: Arc<Hierarchy>,
+        hierarchy: &Arc<Hierarchy>,
         id: &str,
         pool: &str,
         listener: Listener,
@@ -201,7 +201,7 @@ impl Worker {
         let (sender, view) =
             watch::channel(View { trouble: "it is being started".into(), ..View::default() });
         let task = Task {
-            group: settings.group(&hierarchy, id),
+            group: settings.group(hierarchy, id),
             settings,
             id: id.to_owned(),
             pool: pool.to_owned(),
@@ -455,13 +455,16 @@ async fn connect(
     socket: &Path,
 ) -> Result<(Client, GetCapabilitiesResponse, Streaming<substrate_proto::ateom::SlotEvent>), String> {
     let mut client = dial(socket).await?;
-    let capabilities =
-        client.get_capabilities(GetCapabilitiesRequest {}).await.map_err(message)?.into_inner();
-    let events = client.watch(WatchRequest {}).await.map_err(message)?.into_inner();
+    let capabilities = client
+        .get_capabilities(GetCapabilitiesRequest {})
+        .await
+        .map_err(|status| message(&status))?
+        .into_inner();
+    let events = client.watch(WatchRequest {}).await.map_err(|status| message(&status))?.into_inner();
     Ok((client, capabilities, events))
 }
 
-fn message(status: tonic::Status) -> String {
+fn message(status: &tonic::Status) -> String {
     status.message().to_owned()
 }
 

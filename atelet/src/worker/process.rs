@@ -91,7 +91,7 @@ impl Process {
             .env_clear()
             // What is in our environment may be secret; these are not.
             .envs(
-                ["PATH", "HOME", "LANG", "RUST_LOG", "RUST_BACKTRACE"]
+                ["PATH", "HOME", "LANG", "SUBSTRATE_LOG", "RUST_BACKTRACE"]
                     .iter()
                     .filter_map(|name| std::env::var_os(name).map(|value| (name, value))),
             );
