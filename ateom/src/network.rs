@@ -193,7 +193,8 @@ pub async fn remove_link() -> Result<()> {
 }
 
 /// The rules of a worker's namespace. Pure; loaded once. Router solicitations and group reports are link chatter that
-/// reaches nobody: dropped without a record.
+/// reaches nobody: dropped without a record. UDP is refused as "port unreachable", the only ICMP error that gVisor
+/// tells a UDP socket at once.
 pub fn ruleset() -> String {
     format!(
         r#"table inet substrate
@@ -234,6 +235,7 @@ table inet substrate {{
     chain refuse {{
         limit rate 1000/second burst 1000 packets log group {LOG_GROUP} snaplen 128 queue-threshold 1
         meta l4proto tcp reject with tcp reset
+        meta l4proto udp reject with icmpx port-unreachable
         reject with icmpx admin-prohibited
         drop
     }}
