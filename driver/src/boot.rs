@@ -76,7 +76,7 @@ impl Driver {
             return Ok(true);
         }
         // A create under way is not known to succeed yet.
-        if create::pending_mark(&actor).is_some() {
+        if create::pending(&actor).is_some() {
             return Ok(false);
         }
         let age = mirror::now_ms().saturating_sub(actor.created_ms);

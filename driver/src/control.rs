@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The driver's client of the control plane (`ateapi.v1.Control`).
 //!
-//! One lazily connected HTTP/2 channel. Every call has a deadline. A call that was `Unavailable` (or lost a race,
-//! `Aborted`) is tried again with growing, jittered pauses for as long as [`PATIENCE`]; every mutating call carries a
+//! One lazily connected HTTP/2 channel. Every call has a deadline. A call whose connection broke, or that was answered
+//! with `Unavailable` or `Aborted`, is tried again with growing, jittered pauses for as long as [`PATIENCE`]; every mutating call carries a
 //! request id that stays the same over its retries, so a retry finds the first attempt's effect. Keys and tokens are
 //! read from their files at each connect and call, so replacing a file is enough to renew them.
 use std::collections::BTreeMap;
@@ -103,7 +103,8 @@ impl Control {
                     break Status::deadline_exceeded(format!("no answer within {} s", deadline.as_secs()));
                 }
             };
-            let retriable = matches!(status.code(), Code::Unavailable | Code::Aborted);
+            let retriable =
+                is_transport(&status) || matches!(status.code(), Code::Unavailable | Code::Aborted);
             let pause = backoff.pause();
             if !retriable || begun.elapsed() + pause > PATIENCE {
                 break status;
@@ -114,7 +115,7 @@ impl Control {
     }
 
     fn failure(&self, doing: String, status: Status) -> Failure {
-        if status.code() == Code::Unavailable {
+        if is_transport(&status) {
             return Failure::Unreachable {
                 doing,
                 endpoint: self.endpoint.to_string(),
@@ -429,6 +430,12 @@ impl Control {
             }
         }
     }
+}
+
+/// Whether the connection failed, as opposed to the control plane's answer being an error: only the former has a
+/// source on this side.
+fn is_transport(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
 }
 
 fn by_uid(uid: &str) -> ateapi::ActorRef {

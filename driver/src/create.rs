@@ -2,24 +2,26 @@
 //! CreateSandbox: three records, then an answer; whatever fails on the way takes all of them back.
 //!
 //! ```text
-//! atespace ensured → template made (or found) → actor made, marked pending, boots → mark removed → answer
+//! atespace ensured → template made (or found) → actor made, marked pending, boots → marked done → answer
 //!    undo: delete        undo: delete if            undo: delete
 //!    if made here        unused
 //! ```
 //!
 //! The gateway neither retries a failed create nor compensates it, so the driver must leave nothing. The mark on the
-//! actor is the journal: while it is there, no create has been answered with success, so whoever finds it and knows
-//! of no create under way (the sweep of [`crate::journal`], after a crash) may delete the actor. It is removed before
-//! the answer is given; a sandbox that the gateway knows of is never pending. Templates need no mark: one that no
-//! actor uses is deleted whoever left it.
+//! actor (`pending-<nonce>`, then `done-<nonce>`) is the journal: while it says pending, no create has been answered
+//! with success, so whoever finds it and knows of no create under way (the sweep of [`crate::journal`], after a crash)
+//! may delete the actor. A sandbox that the gateway knows of is never pending. When even marking it done ends without
+//! a clear answer, the actor is looked at again; what cannot be found out now is a debt that the sweep works off by
+//! the nonce. Templates need no mark: one that no actor uses is deleted whoever left it.
 //!
 //! A create runs to its end in a task of its own, also when the gateway hangs up. It holds the creation gate of its
 //! sandbox all the while, and the atespace and template while it uses them, so that neither is reaped under its feet.
 //! Another driver on the same control plane may still reap the template in between: then the actor is refused, and the
 //! template made again.
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
+use substrate_proto::ateapi::Actor;
 use substrate_proto::compute::DriverSandbox;
 use tonic::Code;
 
@@ -31,6 +33,7 @@ use crate::gates::Key;
 use crate::{mirror, names, synthesize, token};
 
 const PENDING: &str = "pending-";
+const DONE: &str = "done-";
 const ATTEMPTS: usize = 3;
 
 /// What a create has made, and must take back if it fails.
@@ -38,8 +41,14 @@ const ATTEMPTS: usize = 3;
 struct Made {
     atespace: bool,
     template: bool,
-    /// The mark on an actor that exists, or may exist.
+    /// The nonce of the actor, which may exist whatever the call said.
     actor: Option<String>,
+}
+
+enum Outcome {
+    Made,
+    /// A retry of a create that had succeeded.
+    Found,
 }
 
 impl Driver {
@@ -54,30 +63,38 @@ impl Driver {
         let mut plan = self.plan(sandbox).await?;
         let uid = plan.wanted.uid.clone();
         let _creation = self.gates.own(Key::Creation(uid.clone())).await;
-        if let Some(actor) = self.control.get_actor(&uid).await? {
-            let same = condition::sandbox_id(&actor) == Some(&plan.wanted.id)
-                && condition::annotation(&actor, names::REQUEST_DIGEST) == Some(&plan.wanted.digest);
-            if !same {
-                return Err(Failure::Exists(format!("sandbox id {:?} is in use already", plan.wanted.id)));
-            }
-            // A retry. The creation gate is ours, so whoever left the mark is gone: the work is done but for it.
-            return self.settle(&uid).await;
-        }
         plan.advisories.extend(token::advisory(&plan.wanted, mirror::now_ms()));
-        let mut made = Made::default();
-        if let Err(failure) = self.make(&mut plan, &mut made).await {
-            tracing::warn!(sandbox = plan.wanted.id, error = %failure, "create failed and is taken back");
-            self.take_back(&plan, made, failure.is_ambiguous()).await;
-            return Err(failure);
+        let mut made = Made { atespace: plan.made_atespace, ..Made::default() };
+        match self.make(&plan, &mut made).await {
+            Ok(Outcome::Made) => {
+                self.announce(&plan).await;
+                Ok(())
+            }
+            Ok(Outcome::Found) => Ok(()),
+            Err(failure) => {
+                tracing::warn!(sandbox = plan.wanted.id, error = %failure, "create failed and is taken back");
+                self.take_back(&plan, made, failure.is_ambiguous()).await;
+                Err(failure)
+            }
         }
-        self.announce(&plan).await;
-        Ok(())
     }
 
-    async fn make(&self, plan: &mut Plan, made: &mut Made) -> Result<(), Failure> {
+    async fn make(&self, plan: &Plan, made: &mut Made) -> Result<Outcome, Failure> {
         let wanted = &plan.wanted;
+        if let Some(actor) = self.control.get_actor(&wanted.uid).await? {
+            let same = condition::sandbox_id(&actor) == Some(&wanted.id)
+                && condition::annotation(&actor, names::REQUEST_DIGEST) == Some(&wanted.digest);
+            if !same {
+                return Err(Failure::Exists(format!("sandbox id {:?} is in use already", wanted.id)));
+            }
+            // A retry. The creation gate is ours, so whoever left the mark is gone: the work is done but for it.
+            return self.settle(&wanted.uid).await.map(|()| Outcome::Found);
+        }
         let _atespace = self.gates.hold(Key::Atespace(wanted.atespace.clone())).await;
-        made.atespace = self.ensure_atespace(&wanted.tenant, true).await?;
+        let ensured = self.ensure_atespace(&wanted.tenant, true).await;
+        // One that failed may have had its effect; only an implicit, empty atespace is taken back anyway.
+        made.atespace |= *ensured.as_ref().unwrap_or(&true);
+        ensured?;
         for attempt in 1.. {
             let held = match &plan.template {
                 None => None,
@@ -92,10 +109,10 @@ impl Driver {
                     Some(held)
                 }
             };
-            let mark = format!("{PENDING}{}", uuid::Uuid::new_v4().simple());
+            let nonce = uuid::Uuid::new_v4().simple().to_string();
             let mut actor = plan.actor.clone();
-            actor.annotations.insert(names::CREATE.to_owned(), mark.clone());
-            made.actor = Some(mark);
+            actor.annotations.insert(names::CREATE.to_owned(), format!("{PENDING}{nonce}"));
+            made.actor = Some(nonce);
             let answer =
                 self.control.create_actor(&wanted.atespace, &wanted.actor_name, &wanted.uid, actor).await;
             drop(held);
@@ -103,7 +120,6 @@ impl Driver {
                 Ok(_) => break,
                 Err(failure) if failure.is_ambiguous() => return Err(failure),
                 Err(failure) => {
-                    made.actor = None;
                     let vanished = plan.template.is_some()
                         && attempt < ATTEMPTS
                         && matches!(failure.code(), Code::NotFound | Code::FailedPrecondition)
@@ -121,26 +137,34 @@ impl Driver {
                 }
             }
         }
-        self.settle(&plan.wanted.uid).await
+        self.settle(&wanted.uid).await.map(|()| Outcome::Made)
     }
 
-    /// Removes the mark: from here on the sandbox stays.
+    /// Marks the actor done: from here on the sandbox stays.
     async fn settle(&self, uid: &str) -> Result<(), Failure> {
         let Some(actor) = self.control.get_actor(uid).await? else {
             return Err(Failure::Precondition("the sandbox was deleted while it was made".to_owned()));
         };
-        let mut annotations = actor.spec.unwrap_or_default().annotations;
-        if annotations.remove(names::CREATE).is_some() {
-            self.control.annotate(uid, annotations).await?;
+        let Some(nonce) = pending(&actor) else { return Ok(()) };
+        let done = format!("{DONE}{nonce}");
+        let Err(failure) = self.annotate(&actor, BTreeMap::from([(names::CREATE, done)])).await else {
+            return Ok(());
+        };
+        match self.control.get_actor(uid).await {
+            Ok(Some(actor)) if pending(&actor).is_none() => Ok(()),
+            _ => Err(failure),
         }
-        Ok(())
     }
 
     async fn take_back(&self, plan: &Plan, made: Made, ambiguous: bool) {
         let wanted = &plan.wanted;
         let mut clean = !ambiguous;
-        if let Some(mark) = &made.actor {
-            clean &= report("actor", &self.delete_pending(&wanted.uid, mark).await);
+        if let Some(nonce) = made.actor {
+            let deleted = self.delete_made(&wanted.uid, &nonce).await;
+            if !report("actor", &deleted) || ambiguous {
+                clean = false;
+                self.debts.lock().unwrap_or_else(PoisonError::into_inner).push((wanted.uid.clone(), nonce));
+            }
         }
         if made.template {
             clean &= report("template", &self.reap_template(&wanted.atespace, &plan.template_name).await);
@@ -154,12 +178,13 @@ impl Driver {
         }
     }
 
-    /// Deletes an actor that still bears this mark. The caller owns its creation gate.
-    pub async fn delete_pending(&self, uid: &str, mark: &str) -> Result<(), Failure> {
+    /// Deletes the actor that the create of that nonce made, if it exists. The caller owns its creation gate.
+    pub async fn delete_made(&self, uid: &str, nonce: &str) -> Result<(), Failure> {
         let Some(actor) = self.control.get_actor(uid).await? else {
             return Ok(());
         };
-        if condition::annotation(&actor, names::CREATE) == Some(mark) {
+        let mark = condition::annotation(&actor, names::CREATE).unwrap_or_default();
+        if mark.strip_prefix(PENDING).or_else(|| mark.strip_prefix(DONE)) == Some(nonce) {
             self.control.delete_actor(uid, SHORT).await?;
         }
         Ok(())
@@ -203,9 +228,9 @@ impl Driver {
     }
 }
 
-/// The mark of a create that has not succeeded yet.
-pub fn pending_mark(actor: &substrate_proto::ateapi::Actor) -> Option<&str> {
-    condition::annotation(actor, names::CREATE).filter(|mark| mark.starts_with(PENDING))
+/// The nonce of a create that has not succeeded yet.
+pub fn pending(actor: &Actor) -> Option<&str> {
+    condition::annotation(actor, names::CREATE)?.strip_prefix(PENDING)
 }
 
 fn report(what: &str, result: &Result<(), Failure>) -> bool {

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What all calls share, and how actors are looked up.
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use substrate_proto::ateapi::Actor;
 use substrate_proto::types::{ActorSpec, TemplateSpec};
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
+use tonic::Code;
 
 use crate::condition;
 use crate::config::Config;
 use crate::control::Control;
 use crate::failure::Failure;
-use crate::gates::Gates;
+use crate::gates::{Gates, Key};
 use crate::hub::Hub;
 use crate::supervisor::{self, Advisory};
 use crate::validate::{self, Wanted};
@@ -29,6 +30,8 @@ pub struct Driver {
     pub gates: Gates,
     /// Wakes the sweep of what a failed or interrupted create left ([`crate::journal`]).
     pub sweep: Arc<Notify>,
+    /// Actors (uid and nonce) of failed creates that may exist or may still appear.
+    pub debts: Mutex<Vec<(String, String)>>,
     /// Work that outlives its call.
     pub tasks: TaskTracker,
 }
@@ -45,6 +48,8 @@ pub struct Plan {
     pub actor: ActorSpec,
     /// What the user should know.
     pub advisories: Vec<Advisory>,
+    /// The atespace had to be made to ask about the template.
+    pub made_atespace: bool,
 }
 
 impl Driver {
@@ -73,26 +78,53 @@ impl Driver {
         let mut advisories = wanted.advisories.clone();
         advisories.extend(supervisor::deliver(&self.config, &wanted, &mut spec, &mut actor));
         self.tenancy(&wanted).await?;
+        let mut made_atespace = false;
         let (template, template_name) = if let Some(name) = &wanted.premade {
             self.premade(&wanted, name, spec).await?;
             (None, name.clone())
         } else {
-            let pinned = self.pin(&wanted, spec).await?;
+            let pinned;
+            (pinned, made_atespace) = self.pin(&wanted, spec).await?;
             let name = names::template(&pinned);
             (Some(pinned), name)
         };
         actor.template.clone_from(&template_name);
-        Ok(Plan { wanted, template, template_name, actor, advisories })
+        Ok(Plan { wanted, template, template_name, actor, advisories, made_atespace })
     }
 
-    /// The same spec with its images pinned, if the control plane accepts it.
-    async fn pin(&self, wanted: &Wanted, spec: TemplateSpec) -> Result<TemplateSpec, Failure> {
-        let name = names::template(&spec);
+    /// The same spec with its images pinned, if the control plane accepts it; and whether the atespace had to be made
+    /// to ask. It then stays for the create that follows, and goes again if the answer is no.
+    async fn pin(&self, wanted: &Wanted, spec: TemplateSpec) -> Result<(TemplateSpec, bool), Failure> {
+        match self.dry_run(wanted, &spec).await {
+            Err(failure)
+                if failure.code() == Code::NotFound
+                    && self.control.get_atespace(&wanted.atespace).await?.is_none() =>
+            {
+                let held = self.gates.hold(Key::Atespace(wanted.atespace.clone())).await;
+                let answer = match self.ensure_atespace(&wanted.tenant, true).await {
+                    Ok(made) => self.dry_run(wanted, &spec).await.map(|pinned| (pinned, made)),
+                    Err(failure) => Err(failure),
+                };
+                drop(held);
+                if answer.is_err()
+                    && let Err(failure) = self.reap_atespace(&wanted.atespace).await
+                {
+                    tracing::warn!(error = %failure, "cannot take an atespace back; it is tried again");
+                    self.sweep.notify_one();
+                }
+                answer
+            }
+            answer => answer.map(|pinned| (pinned, false)),
+        }
+    }
+
+    async fn dry_run(&self, wanted: &Wanted, spec: &TemplateSpec) -> Result<TemplateSpec, Failure> {
+        let name = names::template(spec);
         let answer = self
             .control
             .create_template(&wanted.atespace, &name, spec.clone(), synthesize::template_labels(), true)
             .await?;
-        Ok(answer.spec.unwrap_or(spec))
+        Ok(answer.spec.unwrap_or_else(|| spec.clone()))
     }
 
     async fn premade(&self, wanted: &Wanted, name: &str, ours: TemplateSpec) -> Result<(), Failure> {
@@ -110,7 +142,7 @@ impl Driver {
             && wanted.image != self.config.default_image
             && image != Some(&wanted.image)
             && crate::image::digest(&wanted.image).is_none();
-        let pinned = if resolve { Some(self.pin(wanted, ours).await?) } else { None };
+        let pinned = if resolve { Some(self.dry_run(wanted, &ours).await?) } else { None };
         let pinned_image = pinned
             .as_ref()
             .and_then(|spec| spec.containers.first())

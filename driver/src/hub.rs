@@ -143,6 +143,7 @@ impl Upstream {
         match self {
             Self::Opening(opening) => match opening.await {
                 Ok(stream) => Signal::Opened(Box::new(stream)),
+                Err(Failure::Unreachable { cause, .. }) => Signal::Lost(cause),
                 Err(failure) => Signal::Lost(failure.to_string()),
             },
             Self::Live(stream) => match stream.message().await {
@@ -190,6 +191,10 @@ impl Task {
                 self.waiting.retain(|waiting| !waiting.is_closed());
                 self.waiting.push(reply);
                 self.admit();
+                // Somebody waits: no need to sit the pause out.
+                if matches!(self.upstream, Upstream::Waiting(_)) {
+                    self.upstream = Upstream::open(&self.control);
+                }
             }
             Command::Tell(event) => self.send(&event),
             Command::Gone { uid, sandbox_id } => {

@@ -4,15 +4,16 @@
 //! It runs when the driver starts, and again whenever somebody could not clean up after themselves, until it has gone
 //! through without an error. It deletes
 //!
-//! * actors that still bear the mark of a create ([`crate::create`]): no such create was ever answered with success,
-//!   and one under way owns the creation gate, which the sweep takes first;
+//! * actors whose create is still marked pending ([`crate::create`]): no such create was ever answered with success,
+//!   and one under way owns the creation gate, which the sweep takes first; and the debts of this process's own
+//!   failed creates;
 //! * synthesized templates that no actor uses;
 //! * implicit atespaces that hold nothing.
 //!
 //! A call that timed out may come through after the sweep has looked, so a sweep asked for by a failure is repeated
 //! once after [`LATE`].
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -35,8 +36,11 @@ pub async fn run(driver: Arc<Driver>, shutdown: CancellationToken) {
         loop {
             driver.sweep.notified().await;
             sweep_until_clean(&driver).await;
+            let due = driver.debts.lock().unwrap_or_else(PoisonError::into_inner).len();
             tokio::time::sleep(LATE).await;
             sweep_until_clean(&driver).await;
+            // Nothing of these can appear any more.
+            driver.debts.lock().unwrap_or_else(PoisonError::into_inner).drain(..due);
         }
     };
     tokio::select! {
@@ -59,15 +63,20 @@ impl Driver {
         let managed = BTreeMap::from([(names::MANAGED.to_owned(), "true".to_owned())]);
         let mut used = BTreeSet::new();
         let mut first_failure = Ok(());
+        let debts = self.debts.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (uid, nonce) in &debts {
+            let _creation = self.gates.own(Key::Creation(uid.clone())).await;
+            keep_first(&mut first_failure, self.delete_made(uid, nonce).await);
+        }
         for actor in self.control.list_actors("", "", managed).await? {
             let template = actor.spec.as_ref().map(|spec| spec.template.clone()).unwrap_or_default();
-            let Some(mark) = create::pending_mark(&actor) else {
+            let Some(nonce) = create::pending(&actor) else {
                 used.insert((actor.atespace, template));
                 continue;
             };
             let _creation = self.gates.own(Key::Creation(actor.uid.clone())).await;
             tracing::info!(actor = actor.uid, "taking back what an interrupted create left");
-            keep_first(&mut first_failure, self.delete_pending(&actor.uid, mark).await);
+            keep_first(&mut first_failure, self.delete_made(&actor.uid, nonce).await);
         }
         for space in self.control.list_atespaces().await? {
             for template in self.control.list_templates(&space.name).await? {

@@ -41,7 +41,7 @@ pub mod tls;
 pub mod token;
 pub mod validate;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use substrate_proto::compute::compute_driver_server::ComputeDriverServer;
@@ -101,6 +101,7 @@ pub async fn serve(
         hub,
         gates: gates::Gates::default(),
         sweep: Arc::new(Notify::new()),
+        debts: Mutex::default(),
         tasks: tasks.clone(),
     });
     tasks.spawn(hub_task);

@@ -24,7 +24,8 @@ pub const SYNTHESIZED: &str = "openshell.ai/synthesized";
 pub const SANDBOX_NAME: &str = "openshell.ai/sandbox-name";
 /// Annotation: the workspace exactly as the gateway gave it.
 pub const WORKSPACE: &str = "openshell.ai/workspace";
-/// Annotation: `pending-<nonce>` from the actor's creation until the Create that made it is sure to succeed.
+/// Annotation: `pending-<nonce>` from the actor's creation until the Create that made it is sure to succeed, then
+/// `done-<nonce>`.
 pub const CREATE: &str = "openshell.ai/create";
 /// Annotation: digest of the create request, by which a retry is told from another sandbox with the same id.
 pub const REQUEST_DIGEST: &str = "openshell.ai/request-digest";
@@ -58,6 +59,17 @@ pub fn is_label_value(value: &str) -> bool {
         && bytes.first().is_none_or(u8::is_ascii_alphanumeric)
         && bytes.last().is_none_or(u8::is_ascii_alphanumeric)
         && bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(byte))
+}
+
+/// Whether `key` may be a label's or an annotation's key: an optional DNS name and `/`, then 1 to 63 letters, digits,
+/// `-`, `_` and `.`, begun by a letter or digit.
+pub fn is_label_key(key: &str) -> bool {
+    let (prefix, name) = key.rsplit_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    let bytes = name.as_bytes();
+    (1..=MAX_LABEL).contains(&bytes.len())
+        && bytes[0].is_ascii_alphanumeric()
+        && bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(byte))
+        && prefix.is_none_or(|prefix| prefix.len() <= 253 && prefix.split('.').all(is_dns_label))
 }
 
 /// `value` where a label may hold it, else a digest of it that one may.

@@ -20,6 +20,10 @@ use crate::{image, names, quantity};
 /// What the gateway puts in place of an empty command (its `CreateSandbox` handler).
 pub const GATEWAY_DEFAULT_COMMAND: [&str; 2] = ["/bin/bash", "-l"];
 const MAX_NAME: usize = 253;
+/// Most labels or annotations of a caller; the driver adds its own.
+const MAX_LABELS: usize = 48;
+const MAX_LABEL: usize = 256;
+const MAX_ANNOTATION: usize = 16 << 10;
 
 /// A string that no message and no log shows.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -192,14 +196,8 @@ impl Reader {
         } else if let Err(problem) = image::check(image) {
             self.refuse("spec.template.image", problem);
         }
-        for key in template.labels.keys().chain(platform.annotations.keys()) {
-            if key.is_empty() || key.starts_with(names::RESERVED_PREFIX) {
-                self.refuse(
-                    "spec.template.labels",
-                    format!("{key:?} is reserved for the driver: use another prefix"),
-                );
-            }
-        }
+        self.labels("spec.template.labels", &template.labels, MAX_LABEL);
+        self.labels("spec.template.platform_config.annotations", &platform.annotations, MAX_ANNOTATION);
         let tenant =
             if sandbox.workspace.is_empty() { &config.default_namespace } else { &sandbox.workspace };
         Wanted {
@@ -225,6 +223,28 @@ impl Reader {
             token: Secret::new(spec.sandbox_token),
             advisories,
             digest: digest(sandbox),
+        }
+    }
+
+    fn labels(&mut self, path: &str, labels: &BTreeMap<String, String>, longest: usize) {
+        if labels.len() > MAX_LABELS {
+            self.refuse(path, format!("holds {} entries, more than {MAX_LABELS}", labels.len()));
+        }
+        for (key, value) in labels {
+            if key.starts_with(names::RESERVED_PREFIX) {
+                self.refuse(path, format!("{key:?} is reserved for the driver: use another prefix"));
+            } else if !names::is_label_key(key) {
+                self.refuse(
+                    path,
+                    format!("{key:?} is no key: a DNS name and '/' (optional), then 1 to 63 letters, digits, '-', '_', '.'"),
+                );
+            }
+            if value.len() > longest || value.contains('\0') {
+                self.refuse(
+                    path,
+                    format!("{key:?} has a value longer than {longest} bytes or with NUL in it"),
+                );
+            }
         }
     }
 
