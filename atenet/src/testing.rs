@@ -156,7 +156,8 @@ pub(crate) fn snapshot_answer(generation: u64, durability: types::Durability) ->
         cause: "checkpoint".into(),
         ..Default::default()
     };
-    SnapshotAnswer { snapshot: Some(snapshot), ..Default::default() }
+    let actor = Actor { state: ActorState::Running.into(), generation, ..Default::default() };
+    SnapshotAnswer { snapshot: Some(snapshot), actor: Some(actor), ..Default::default() }
 }
 
 /// The trait is foreign and so is `Arc`.

@@ -207,7 +207,9 @@ fn read_log(path: &Path) -> Vec<serde_json::Value> {
 
 /// Expects the connection to be reset, not closed in order.
 async fn expect_reset(stream: &mut TcpStream) {
-    let error = stream.read_to_end(&mut Vec::new()).await.expect_err("it ended in order");
+    let mut rest = Vec::new();
+    let end = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut rest)).await;
+    let error = end.expect("it was not reset").expect_err("it ended in order");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
 

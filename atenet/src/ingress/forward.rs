@@ -110,13 +110,16 @@ fn unknown(key: &Key) -> Answer {
         .about(key)
 }
 
-fn unavailable(key: &Key, message: &str) -> Answer {
-    Answer::later(
-        "control_plane_unavailable",
-        format!("the control plane cannot be asked: {message}"),
-        Duration::from_secs(1),
-    )
-    .about(key)
+fn not_found(key: &Key, error: LookUpError) -> Answer {
+    match error {
+        LookUpError::Unknown => unknown(key),
+        LookUpError::Unavailable(message) => Answer::later(
+            "control_plane_unavailable",
+            format!("the control plane cannot be asked: {message}"),
+            Duration::from_secs(1),
+        )
+        .about(key),
+    }
 }
 
 impl Router {
@@ -322,10 +325,7 @@ impl Router {
     ) -> Result<(Arc<Route>, tokio::net::UnixStream), Answer> {
         let key = &target.key;
         let mut parked = None;
-        let mut route = match self.routes.get(key) {
-            Some(route) => route,
-            None => self.look_up(key).await?,
-        };
+        let mut route = self.routes.find(key).await.map_err(|error| not_found(key, error))?;
         let mut fresh = false;
         let mut waiting_for;
         loop {
@@ -406,10 +406,7 @@ impl Router {
     }
 
     async fn look_up(&self, key: &Key) -> Result<Arc<Route>, Answer> {
-        self.routes.look_up(key).await.map_err(|error| match error {
-            LookUpError::Unknown => unknown(key),
-            LookUpError::Unavailable(message) => unavailable(key, &message),
-        })
+        self.routes.look_up(key).await.map_err(|error| not_found(key, error))
     }
 
     fn too_slow(&self, key: &Key, waiting_for: &str) -> Answer {

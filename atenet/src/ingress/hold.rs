@@ -37,8 +37,9 @@ pub(crate) struct Hold {
 /// How a checkpoint ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Attempt {
-    /// A snapshot that began after the call is committed.
-    Committed { generation: u64, durability: Durability },
+    /// A snapshot is committed. It is known to have begun after the call only if the copy lives, or if it is the one
+    /// that ended the generation; an actor that has just fallen back to an older snapshot would name that one.
+    Committed { generation: u64, durability: Durability, certain: bool },
     /// More memory than `maxHeap`.
     TooLarge(String),
     /// It may succeed when asked again.
@@ -81,7 +82,9 @@ impl Hold {
     /// After a checkpoint.
     pub(crate) fn after_attempt(&self, attempt: &Attempt) -> Next {
         match attempt {
-            Attempt::Committed { generation, durability } if *generation == self.generation => {
+            Attempt::Committed { generation, durability, certain: true }
+                if *generation == self.generation =>
+            {
                 self.captured(*durability)
             }
             _ => Next::Look,
@@ -172,7 +175,9 @@ mod tests {
     #[test]
     fn after_a_checkpoint() {
         let node = hold(Durability::Node);
-        let committed = |generation, durability| Attempt::Committed { generation, durability };
+        let committed = |generation, durability| Attempt::Committed { generation, durability, certain: true };
+        let doubtful = Attempt::Committed { generation: 5, durability: Durability::Durable, certain: false };
+        assert_eq!(node.after_attempt(&doubtful), Next::Look);
         assert_eq!(node.after_attempt(&committed(5, Durability::Node)), Next::Release(Ok(())));
         assert_eq!(node.after_attempt(&committed(5, Durability::Durable)), Next::Release(Ok(())));
         assert_eq!(node.after_attempt(&committed(6, Durability::Node)), Next::Look);

@@ -20,12 +20,13 @@ use http::{Response, Version};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use substrate_proto::ateapi::{ActorRef, CheckpointActorRequest};
+use substrate_proto::ateapi::{ActorRef, ActorState, CheckpointActorRequest};
 use substrate_proto::atenet::IngressOpen;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use super::Body;
 use super::address::Key;
@@ -97,19 +98,34 @@ impl Checkpoints {
         let mut control = self.control.clone();
         match tokio::time::timeout(limit, control.checkpoint_actor(request)).await {
             Err(_) => Attempt::TooSlow,
-            Ok(Ok(response)) => match response.into_inner().snapshot {
-                Some(snapshot) => {
-                    Attempt::Committed { generation: snapshot.generation, durability: snapshot.durability() }
+            Ok(Ok(response)) => {
+                let answer = response.into_inner();
+                let Some(snapshot) = answer.snapshot else {
+                    return Attempt::Failed("the control plane's answer names no snapshot".into());
+                };
+                let lives = answer.actor.is_some_and(|actor| {
+                    use ActorState::{Pausing, Running, Suspending};
+                    matches!(actor.state(), Running | Suspending | Pausing)
+                });
+                let ended = matches!(snapshot.cause.as_str(), "suspend" | "pause");
+                Attempt::Committed {
+                    generation: snapshot.generation,
+                    durability: snapshot.durability(),
+                    certain: lives || ended,
                 }
-                None => Attempt::Failed("the control plane's answer names no snapshot".into()),
-            },
+            }
             Ok(Err(status)) => {
                 let message = status.message().to_owned();
+                let info = status.get_details_error_info();
                 match status.code() {
-                    Code::ResourceExhausted => Attempt::TooLarge(message),
-                    Code::Unavailable | Code::Aborted | Code::Cancelled | Code::DeadlineExceeded => {
-                        Attempt::Transient(message)
+                    Code::ResourceExhausted if info.is_none_or(|info| info.reason == "HEAP_TOO_LARGE") => {
+                        Attempt::TooLarge(message)
                     }
+                    Code::ResourceExhausted
+                    | Code::Unavailable
+                    | Code::Aborted
+                    | Code::Cancelled
+                    | Code::DeadlineExceeded => Attempt::Transient(message),
                     _ => Attempt::Failed(message),
                 }
             }

@@ -5,6 +5,7 @@
 //! is bounded whatever number sleeps. A wrong entry costs a round trip, never a wrong delivery: the ateom checks uid
 //! and generation (P1), and before an actor is called dead it is looked up.
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use tonic::Code;
 use super::address::Key;
 use crate::control::{Change, Control, follow};
 
-const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(5);
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the router needs of an actor.
 #[derive(Debug, Clone, PartialEq)]
@@ -204,6 +205,8 @@ pub(crate) struct Routes {
     control: Control,
     table: Mutex<Table>,
     waiters: Mutex<HashMap<Key, Weak<Notify>>>,
+    misses: [tokio::sync::Mutex<()>; 64],
+    hasher: RandomState,
 }
 
 impl Routes {
@@ -212,6 +215,8 @@ impl Routes {
             control,
             table: Mutex::new(Table::new(sleepers)),
             waiters: Mutex::new(HashMap::new()),
+            misses: std::array::from_fn(|_| tokio::sync::Mutex::new(())),
+            hasher: RandomState::new(),
         })
     }
 
@@ -241,6 +246,19 @@ impl Routes {
     fn forget(&self, key: &Key, uid: &str) {
         self.table().remove(key, uid);
         self.notify(key);
+    }
+
+    /// The route as it is known, else as the control plane says: it is asked once for all who miss it.
+    pub(crate) async fn find(&self, key: &Key) -> Result<Arc<Route>, LookUpError> {
+        if let Some(route) = self.get(key) {
+            return Ok(route);
+        }
+        let stripe = self.hasher.hash_one(key) as usize % self.misses.len();
+        let _one = self.misses[stripe].lock().await;
+        match self.get(key) {
+            Some(route) => Ok(route),
+            None => self.look_up(key).await,
+        }
     }
 
     /// Asks the control plane.

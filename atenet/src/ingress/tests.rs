@@ -103,6 +103,7 @@ struct Fixture {
     stub: Arc<Stub>,
     address: SocketAddr,
     private_pem: String,
+    token: String,
     shutdown: CancellationToken,
     _api: AbortOnDropHandle<()>,
 }
@@ -132,15 +133,17 @@ impl Fixture {
         tokio::spawn(serve(config, ready, shutdown.clone()));
         let address = address.await.unwrap();
         stub.watched(1).await;
-        Self { dir, stub, address, private_pem: pair.private_pem, shutdown, _api: api }
+        let grant = Grant { atespace: "team".into(), actor: None };
+        let token = mint(&pair.private_pem, &grant, None).unwrap();
+        Self { dir, stub, address, private_pem: pair.private_pem, token, shutdown, _api: api }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn token(&self) -> String {
-        mint(&self.private_pem, &Grant { atespace: "team".into(), actor: None }, None).unwrap()
+    fn token(&self) -> &str {
+        &self.token
     }
 
     fn actor(name: &str, state: ActorState) -> Actor {
@@ -368,14 +371,14 @@ async fn a_hundred_requests_wake_a_sleeping_actor_once() {
     let mut requests = tokio::task::JoinSet::new();
     for _ in 0..100 {
         let fixture = fixture.clone();
-        requests.spawn(async move { fixture.get("alice").await.status() });
+        requests.spawn(async move { body(fixture.get("alice").await).await });
     }
     while fixture.stub.resumes.load(Ordering::SeqCst) == 0 {
         tokio::task::yield_now().await;
     }
     go.notify_one();
-    let statuses = requests.join_all().await;
-    assert!(statuses.iter().all(|status| *status == StatusCode::OK), "{statuses:?}");
+    let replies = requests.join_all().await;
+    assert!(replies.iter().all(|reply| reply == "awake"), "{replies:?}");
     assert_eq!(fixture.stub.resumes.load(Ordering::SeqCst), 1);
 }
 
@@ -398,12 +401,37 @@ async fn waiting_is_bounded_and_says_when_to_come_back() {
 
 #[tokio::test]
 async fn refused_wakeups_are_explained() {
-    let fixture = Fixture::with(Limits { wakeups_burst: 3, ..Limits::default() }).await;
+    let limits = Limits { wakeups_burst: 4, wakeups_per_second: 0.001, ..Limits::default() };
+    let fixture = Fixture::with(limits).await;
     fixture.stub.put(Fixture::actor("alice", ActorState::Suspended));
     fixture.stub.on_resume(|_, _| async { Err(Status::resource_exhausted("no worker is free")) });
     let response = fixture.get("alice").await;
     assert_eq!(response.headers()["retry-after"], "5");
     refusal(response, 503, "no_capacity").await;
+    // A worker that is being freed is waited for.
+    let tries = Arc::new(AtomicUsize::new(0));
+    let worker = Worker::start(fixture.path("w"), "uid-alice", 4, |_| async move { text("awake") });
+    let endpoint = worker.endpoint.clone();
+    fixture.stub.on_resume(move |stub, _| {
+        use tonic_types::{ErrorDetails, StatusExt as _};
+        let mut details = ErrorDetails::with_error_info("WORKER_POOL_FULL", "substrate", []);
+        details.set_retry_info(Some(Duration::from_millis(5)));
+        let busy = Status::with_error_details(tonic::Code::ResourceExhausted, "full", details);
+        let (first, endpoint) = (tries.fetch_add(1, Ordering::SeqCst) == 0, endpoint.clone());
+        async move {
+            if first {
+                return Err(busy);
+            }
+            Ok(stub.change("alice", |actor| {
+                actor.state = ActorState::Running.into();
+                actor.generation = 4;
+                actor.ingress_endpoint = endpoint;
+            }))
+        }
+    });
+    assert_eq!(body(fixture.get("alice").await).await, "awake");
+    drop(worker);
+    fixture.stub.put(Fixture::actor("alice", ActorState::Suspended));
     fixture.stub.on_resume(|_, _| async { Err(Status::failed_precondition("the runtime is revoked")) });
     let json = refusal(fixture.get("alice").await, 503, "not_resumed").await;
     assert_eq!(json["message"], "the runtime is revoked");
@@ -658,6 +686,17 @@ async fn a_held_reply_whose_worker_is_lost_is_never_released() {
     assert_eq!(json["retry"], true);
     assert!(json["message"].as_str().unwrap().contains("withheld"), "{json}");
     fixture.stub.on_resume(|stub, _| async move { Ok(stub.actor("alice")) });
+    // Even when the control plane names the snapshot that the actor fell back to.
+    fixture.running_sync("alice", &worker, "30s");
+    fixture.stub.on_checkpoint(|stub, _| async move {
+        let mut answer = snapshot_answer(3, Durability::Durable);
+        answer.actor = Some(stub.change("alice", |actor| {
+            actor.state = ActorState::Suspended.into();
+            actor.last_snapshot = answer.snapshot.clone();
+        }));
+        Ok(answer)
+    });
+    refusal(fixture.get("alice").await, 502, "interrupted").await;
     // Even when the checkpoint that is answered is another generation's.
     fixture.running_sync("alice", &worker, "30s");
     fixture.stub.on_checkpoint(|stub, _| async move {

@@ -108,8 +108,10 @@ pub(crate) struct SendError {
 
 impl Upstream {
     pub(crate) async fn start(stream: UnixStream, max_header: usize) -> hyper::Result<Self> {
-        let (sender, connection) =
-            http1::Builder::new().max_buf_size(max_header).handshake(TokioIo::new(stream)).await?;
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(max_header.max(8 << 10))
+            .handshake(TokioIo::new(stream))
+            .await?;
         let connection = AbortOnDropHandle::new(tokio::spawn(connection.with_upgrades()));
         Ok(Self { sender, connection })
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
-use substrate_proto::ateapi::{ActorRef, ResumeActorRequest};
+use substrate_proto::ateapi::{ActorRef, ActorState, ResumeActorRequest};
 use tokio::time::Instant;
 use tonic::Code;
 use tonic_types::StatusExt as _;
@@ -80,6 +80,12 @@ impl Bucket {
     }
 }
 
+/// How often a wake-up is tried that the control plane says has failed.
+const TRIES: u32 = 3;
+/// A hint to retry that is shorter than this means that what is missing is on its way.
+const SOON: Duration = Duration::from_millis(500);
+/// How long a worker that is being freed is waited for.
+const FREED_WITHIN: Duration = Duration::from_secs(10);
 /// Entries beyond which full buckets are dropped.
 const BUCKETS: usize = 4096;
 
@@ -146,6 +152,11 @@ impl Waker {
             let mut inner = self.lock();
             if let Some(flight) = inner.flights.get(&route.key) {
                 flight.clone()
+            } else if let Some(awake) = self.routes.get(&route.key).filter(|now| {
+                // A flight that has just landed put its result there before it left.
+                now.revision > route.revision && now.state == ActorState::Running
+            }) {
+                return Ok(awake);
             } else {
                 self.charge(&mut inner, &route.key)?;
                 let flight = self.clone().begin(route.key.clone(), route.uid.clone());
@@ -186,7 +197,9 @@ impl Waker {
     async fn resume(&self, key: &Key, uid: String) -> Result<Arc<Route>, WakeError> {
         let deadline = Instant::now() + self.bounds.resume_timeout;
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
-        let request_id = format!("{:032x}", rand::random::<u128>());
+        let start = Instant::now();
+        let mut request_id = fresh_request_id();
+        let mut failures = 0;
         loop {
             let actor = ActorRef { atespace: key.atespace.clone(), name: key.name.clone(), uid: uid.clone() };
             let request = ResumeActorRequest {
@@ -210,27 +223,46 @@ impl Waker {
                     )));
                 }
             };
-            match status.code() {
+            let after = retry_after(&status);
+            let pause = match status.code() {
                 Code::NotFound => return Err(WakeError::Unknown),
+                // A worker is being freed at this moment.
+                Code::ResourceExhausted
+                    if after.is_some_and(|after| after <= SOON) && start.elapsed() < FREED_WITHIN =>
+                {
+                    after.unwrap_or(SOON)
+                }
                 Code::ResourceExhausted => {
-                    let after = retry_after(&status).unwrap_or(Duration::from_secs(5));
+                    let after = after.unwrap_or(Duration::from_secs(5));
                     return Err(WakeError::Full { message: status.message().to_owned(), after });
                 }
                 Code::Unavailable | Code::Aborted | Code::DeadlineExceeded | Code::Cancelled => {
-                    let pause = backoff.step();
-                    if Instant::now() + pause >= deadline {
-                        return Err(WakeError::Failed(status.message().to_owned()));
+                    // Details are the control plane's own: it tried and failed. Without, it was not there.
+                    if status.get_details_error_info().is_some() {
+                        failures += 1;
+                        if failures >= TRIES {
+                            return Err(WakeError::Failed(status.message().to_owned()));
+                        }
+                        request_id = fresh_request_id();
                     }
-                    tracing::debug!(actor = %key, %status, "asking for the wake-up again");
-                    tokio::time::sleep(pause).await;
+                    after.unwrap_or_else(|| backoff.step())
                 }
                 Code::Unknown | Code::Internal | Code::DataLoss => {
                     return Err(WakeError::Failed(status.message().to_owned()));
                 }
                 _ => return Err(WakeError::Refused(status.message().to_owned())),
+            };
+            if Instant::now() + pause >= deadline {
+                return Err(WakeError::Failed(status.message().to_owned()));
             }
+            tracing::debug!(actor = %key, %status, "asking for the wake-up again");
+            tokio::time::sleep(pause).await;
         }
     }
+}
+
+fn fresh_request_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
 }
 
 fn retry_after(status: &tonic::Status) -> Option<Duration> {
