@@ -5,7 +5,7 @@
 //! directory below, which overlayfs requires, and in return whiteouts mean the same everywhere. Mounts are made with
 //! the new mount API (`lowerdir+`, Linux 6.5): it has no limit on the length of the option string, says in words what
 //! it dislikes, and the mount appears under its name only when it is complete. On older kernels mount(2) is used,
-//! with `/proc/self/fd/N` for each layer so that 256 of them fit into its one page.
+//! with `/proc/self/fd/N` for each layer so that 200 of them fit into its one page.
 //!
 //! `redirect_dir` and `metacopy` are off: no attribute in a layer can point to another place. `nosuid` and `nodev`
 //! hold for the host only; the sandbox reads modes through the gofer. Not `noexec`: the sandbox maps binaries from
@@ -328,4 +328,51 @@ fn look(lower: &Lower, path: &[u8]) -> io::Result<(Option<Attributes>, bool)> {
         }
     }
     Ok((None, ends))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both ways of mounting take as many layers as an image may have, under long names, topmost first.
+    #[test]
+    fn old_and_new_kernels_mount_the_same() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("n".repeat(200));
+        let lowers: Vec<PathBuf> = (0..super::super::spec::MAX_LAYERS + 2)
+            .map(|number| {
+                let lower = long.join(format!("{number}-{}", "m".repeat(60)));
+                std::fs::create_dir_all(&lower).unwrap();
+                std::fs::write(lower.join("which"), number.to_string()).unwrap();
+                std::fs::write(lower.join(format!("only-{number}")), b"").unwrap();
+                lower
+            })
+            .collect();
+        let target = dir.path().join("target");
+        std::fs::create_dir(&target).unwrap();
+        let new = |lowers: &[PathBuf]| mount_new(lowers, &target, "test").map_err(|(error, _)| error);
+        let old = |lowers: &[PathBuf]| mount_old(lowers, &target, "test");
+        for is_new in [true, false] {
+            if is_new { new(&lowers) } else { old(&lowers) }.unwrap();
+            let which = std::fs::read_to_string(target.join("which"));
+            let entries = std::fs::read_dir(&target).unwrap().count();
+            let write = std::fs::write(target.join("new"), b"");
+            assert!(unmount(&target).unwrap());
+            assert!(!is_mounted(&target).unwrap());
+            assert_eq!(which.unwrap(), "0");
+            assert_eq!(entries, lowers.len() + 1);
+            assert_eq!(write.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        }
+        let missing = new(&[dir.path().join("none"), lowers[0].clone()]);
+        assert_eq!(missing, Err(Errno::NOENT));
+    }
+
+    #[test]
+    fn mount_points_with_blanks_are_read() {
+        assert_eq!(unescape(br"/a\040b\134c\9"), br"/a b\c\9");
+    }
 }

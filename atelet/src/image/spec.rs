@@ -15,8 +15,9 @@ use super::reference::Digest;
 pub(super) const MAX_MANIFEST: u64 = 4 << 20;
 /// Largest image configuration taken, bytes.
 pub(super) const MAX_CONFIG: u64 = 8 << 20;
-/// Most layers of an image; overlayfs stacks up to 500, builders stop at 127.
-pub(super) const MAX_LAYERS: usize = 256;
+/// Most layers of an image; overlayfs stacks up to 500, mount(2) takes as many as fit into a page, builders stop at
+/// 127.
+pub(super) const MAX_LAYERS: usize = 200;
 
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
