@@ -29,6 +29,7 @@ use tokio::io::unix::AsyncFd;
 use crate::cgroup::blocking;
 use crate::error::SlotError;
 use crate::launcher::Streams;
+use crate::mounts;
 use crate::network::Namespace;
 use crate::runtime::{
     Description, ExecProcess, ExecRequest, Place, Runtime, RuntimeError, Sandbox, Steps, file_error,
@@ -260,9 +261,13 @@ impl GvisorSandbox {
     fn write_bundles(&self, spec: &SandboxSpec) -> Result<Vec<(String, String)>, RuntimeError> {
         let hostname = if spec.hostname.is_empty() { bundle::HOSTNAME } else { &spec.hostname };
         let etc = bundle::write_etc(&self.directory, hostname)?;
+        let scaffold = mounts::scaffold(&self.directory).map_err(file_error("mount", &self.directory))?;
         let mut bundles = Vec::new();
         for (index, container) in spec.containers.iter().enumerate() {
             let id = bundle::container_id(index, &container.name);
+            let lower = Path::new(&container.rootfs);
+            let rootfs = mounts::root(&scaffold, &id, lower).map_err(file_error("mount", lower))?;
+            let container = &ResolvedContainer { rootfs: rootfs.display().to_string(), ..container.clone() };
             let path = self.directory.join(format!("bundle-{id}"));
             let value = bundle::workload_spec(container, &etc, &self.network_namespace);
             bundle::write(&path, &value)?;
@@ -398,10 +403,8 @@ impl GvisorSandbox {
         match error {
             // Still being written, or the sandbox is gone: nobody can say that it goes on.
             error @ (RuntimeError::Timeout { .. } | RuntimeError::Launch(_)) => error,
-            error => match self.root(&["state", bundle::ROOT], COMMAND_LIMIT).await {
-                Ok(()) if !self.is_dead() => RuntimeError::CheckpointRefused(error.to_string()),
-                _ => error,
-            },
+            error if self.is_dead() => error,
+            error => RuntimeError::CheckpointRefused(error.to_string()),
         }
     }
 

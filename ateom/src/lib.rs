@@ -22,6 +22,7 @@ pub mod gvisor;
 pub mod ingress;
 pub mod launcher;
 pub mod lease;
+mod mounts;
 pub mod netlink;
 pub mod network;
 pub mod nflog;

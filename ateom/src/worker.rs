@@ -26,6 +26,7 @@ use crate::cgroup::{Cgroup, Hierarchy};
 use crate::children::Children;
 use crate::egress::Egress;
 use crate::error::SlotError;
+use crate::mounts;
 use crate::network::{self, enter_worker_namespace, load_rules};
 use crate::occupancy::Occupancy;
 use crate::runtime::Runtime;
@@ -219,8 +220,7 @@ fn clear_predecessor(config: &Config, cgroup: &Cgroup) -> anyhow::Result<()> {
         }
     }
     let sandboxes = sandboxes(config);
-    unmount_below(&sandboxes)?;
-    match std::fs::remove_dir_all(&sandboxes) {
+    match mounts::remove_tree(&sandboxes) {
         Ok(()) => tracing::info!(directory = %sandboxes.display(), "removed what a predecessor left"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
@@ -232,17 +232,6 @@ fn clear_predecessor(config: &Config, cgroup: &Cgroup) -> anyhow::Result<()> {
 
 fn sandboxes(config: &Config) -> PathBuf {
     config.state_dir.join("sandboxes")
-}
-
-/// Detaches every mount below a directory, the innermost first.
-fn unmount_below(directory: &Path) -> anyhow::Result<()> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
-    let points: Vec<&str> = text.lines().filter_map(|line| line.split(' ').nth(4)).collect();
-    for point in points.into_iter().rev().map(Path::new).filter(|point| point.starts_with(directory)) {
-        nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH)
-            .with_context(|| format!("cannot unmount {}", point.display()))?;
-    }
-    Ok(())
 }
 
 impl Claimed {

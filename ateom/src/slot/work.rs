@@ -47,7 +47,7 @@ pub(super) async fn prepare(
             if let Err(worse) = cgroup.fence(FENCE_LIMIT).await.and_then(|()| cgroup.remove()) {
                 tracing::error!(error = %worse, "cannot remove the control group of a failed preparation");
             }
-            if let Err(worse) = std::fs::remove_dir_all(&directory) {
+            if let Err(worse) = crate::mounts::remove_tree(&directory) {
                 tracing::error!(error = %worse, directory = %directory.display(), "cannot remove a directory");
             }
             Err(error)
@@ -100,7 +100,7 @@ pub(super) async fn remove(old: Vec<Activation>) -> Result<(), String> {
                 .and_then(|()| cgroup.remove())
                 .map_err(|error| error.to_string())
                 .and_then(|()| {
-                    std::fs::remove_dir_all(&directory)
+                    crate::mounts::remove_tree(&directory)
                         .map_err(|error| format!("cannot remove {}: {error}", directory.display()))
                 })
         })
