@@ -281,6 +281,26 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_real_clients_hello_is_understood() {
+        let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        let config = std::sync::Arc::new(config);
+        let hello_for = |name: &'static str| {
+            let name = name.try_into().unwrap();
+            let mut client = rustls::ClientConnection::new(config.clone(), name).unwrap();
+            let mut bytes = Vec::new();
+            client.write_tls(&mut bytes).unwrap();
+            client_hello(&bytes)
+        };
+        assert_eq!(hello_for("api.example.com"), Hello::Name("api.example.com".into()));
+        assert!(matches!(hello_for("192.0.2.1"), Hello::Refused(_)), "an address has no SNI");
+    }
+
+    #[test]
     fn what_is_not_a_hello_with_one_host_is_refused() {
         let refused = |bytes: &[u8], part: &str| match client_hello(bytes) {
             Hello::Refused(why) => assert!(why.contains(part), "{why} has no {part:?}"),
