@@ -22,7 +22,7 @@ const TRIM_EVERY: Duration = Duration::from_secs(60);
 /// How long request ids are remembered.
 const REQUESTS_KEPT_MS: i64 = 24 * 3_600 * 1_000;
 /// How long garbage waits that could not be deleted.
-const COLLECT_AGAIN: Duration = Duration::from_secs(5);
+const COLLECT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Finds and books a worker (`Place`; undo: the booking is given back when it is dropped).
 ///

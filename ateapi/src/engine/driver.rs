@@ -257,7 +257,10 @@ impl Driver {
                 self.start_step();
             }
             self.start_upload();
-            if !self.do_what_is_due().await? && !self.admit_queue().await? {
+            let before = self.actor.revision;
+            let moved = self.do_what_is_due().await? || self.admit_queue().await?;
+            // A call may wait and yet have changed the record (a fork that promotes first).
+            if !moved && self.actor.revision == before {
                 return Ok(());
             }
         }

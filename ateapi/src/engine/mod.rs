@@ -6,11 +6,15 @@
 //! session's. Lock order: registry, then any other, never two others.
 mod admit;
 mod background;
+#[cfg(test)]
+mod crash_tests;
 mod create;
 mod driver;
 mod error;
 mod registry;
 mod templates;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
