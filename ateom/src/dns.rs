@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::egress::Egress;
 use crate::network::{WORKER_V4, WORKER_V6};
-use crate::sockets::{bind_tcp, bind_udp};
+use crate::sockets::{self, bind_tcp, bind_udp};
 
 /// How long the proxy may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -74,7 +74,7 @@ async fn serve_udp(socket: Arc<UdpSocket>, egress: Egress, questions: Arc<Semaph
 
 async fn serve_tcp(listener: TcpListener, egress: Egress, clients: Arc<Semaphore>) {
     loop {
-        let Ok((stream, _)) = listener.accept().await else { continue };
+        let stream = sockets::accept(&listener).await;
         let Ok(permit) = Arc::clone(&clients).try_acquire_owned() else { continue };
         let egress = egress.clone();
         tokio::spawn(async move {

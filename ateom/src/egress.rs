@@ -29,7 +29,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::network::{EGRESS_PORT, WORKER_V4, WORKER_V6};
 use crate::occupancy::{Occupancy, Pass};
 use crate::seqpacket::SeqPacket;
-use crate::sockets::{bind_tcp, original_destination};
+use crate::sockets::{self, bind_tcp, original_destination};
 
 /// Messages that wait for the connection's task.
 const QUEUE: usize = 256;
@@ -66,7 +66,7 @@ impl Egress {
         let (outgoing, queue) = mpsc::channel(QUEUE);
         let egress = Self { outgoing, occupancy };
         for address in [IpAddr::V4(WORKER_V4), IpAddr::V6(WORKER_V6)] {
-            tokio::spawn(accept(bind_tcp(address, EGRESS_PORT)?, egress.clone()));
+            tokio::spawn(take_over(bind_tcp(address, EGRESS_PORT)?, egress.clone()));
         }
         tokio::spawn(Link { path, worker_id, queue, backlog: VecDeque::new() }.run());
         Ok(egress)
@@ -89,17 +89,9 @@ impl Egress {
     }
 }
 
-async fn accept(listener: TcpListener, egress: Egress) {
+async fn take_over(listener: TcpListener, egress: Egress) {
     loop {
-        let socket = match listener.accept().await {
-            Ok((socket, _)) => socket,
-            // Out of descriptors, or the client is gone already.
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection of the actor");
-                tokio::task::yield_now().await;
-                continue;
-            }
-        };
+        let socket = sockets::accept(&listener).await;
         let destination = original_destination(&socket);
         let (Some((pass, owner)), Ok(destination)) = (egress.occupancy.pass_egress(), destination) else {
             reset(&socket);

@@ -25,7 +25,7 @@ use tokio::sync::Semaphore;
 use crate::network::{WORKER_V4, WORKER_V6};
 use crate::occupancy::Occupancy;
 use crate::readiness::parse_duration;
-use crate::sockets::bind_tcp;
+use crate::sockets::{self, bind_tcp};
 
 /// Longest busy hold.
 pub const LONGEST_HOLD: Duration = Duration::from_hours(1);
@@ -47,7 +47,7 @@ pub fn serve(occupancy: &Occupancy) -> std::io::Result<()> {
 async fn accept(listener: TcpListener, occupancy: Occupancy, slots: Arc<Semaphore>) {
     loop {
         let Ok(permit) = Arc::clone(&slots).acquire_owned().await else { return };
-        let Ok((stream, _)) = listener.accept().await else { continue };
+        let stream = sockets::accept(&listener).await;
         let occupancy = occupancy.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {

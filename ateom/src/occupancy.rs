@@ -167,7 +167,8 @@ impl Occupancy {
 
     /// Ends all connections and execs of the present occupant.
     pub fn cut(&self) {
-        self.lock().cut.cancel();
+        // A fresh token: if the actor goes on after all, new connections must not be cut too.
+        std::mem::take(&mut self.lock().cut).cancel();
     }
 
     /// Returns when no request is in flight any more; `false` after `limit`.
@@ -320,6 +321,18 @@ mod tests {
         });
         drop(pass);
         assert!(waiting.await.unwrap());
+    }
+
+    #[test]
+    fn a_cut_ends_what_is_there_and_not_what_comes_after() {
+        let occupancy = occupied();
+        occupancy.set_gate(true);
+        let before = occupancy.pass_ingress("a", 3).unwrap();
+        occupancy.cut();
+        assert!(before.cut.is_cancelled());
+        assert!(!occupancy.pass_ingress("a", 3).unwrap().cut.is_cancelled());
+        drop(before);
+        assert_eq!(occupancy.usage().ingress, 0);
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub enum RuntimeError {
     #[error("{0}")]
     Failed(String),
     /// A checkpoint failed, and the sandbox goes on as before.
-    #[error("{0}; the actor goes on")]
+    #[error("{0}")]
     CheckpointRefused(String),
     /// A command could not be started, or died with its group.
     #[error(transparent)]

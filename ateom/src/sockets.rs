@@ -4,11 +4,15 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+
+/// Between failed attempts to accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 fn open(address: IpAddr, port: u16, kind: SockType) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -49,11 +53,24 @@ pub fn bind_udp(address: IpAddr, port: u16) -> io::Result<UdpSocket> {
     bound().map_err(named(address, port))
 }
 
+/// The next connection. An error (out of descriptors, or a client that is gone already) is logged and waited out.
+pub async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection of the actor");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
 /// Where a redirected connection was going before nft changed its destination.
 ///
 /// # Errors
 /// ENOENT when it was not redirected.
-pub fn original_destination(socket: &tokio::net::TcpStream) -> io::Result<SocketAddr> {
+pub fn original_destination(socket: &TcpStream) -> io::Result<SocketAddr> {
     use nix::sys::socket::getsockopt;
     match socket.local_addr()? {
         SocketAddr::V4(_) => {

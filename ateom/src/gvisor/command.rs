@@ -125,7 +125,12 @@ impl Runsc {
             return Ok(());
         }
         if let Some(said) = said {
-            text = format!("{text}\n{}", read_tail(said));
+            // What it logs it mostly says too.
+            for line in read_tail(said).lines().filter(|line| !line.trim().is_empty()) {
+                if !text.contains(line.trim()) {
+                    text = format!("{text}\n{line}");
+                }
+            }
         }
         tracing::warn!(verb, code = exit.code, text = text.trim(), "runsc failed");
         Err(RuntimeError::Failed(explain(verb, exit.code, &text)))

@@ -34,7 +34,7 @@ pub fn runsc() -> PathBuf {
     path
 }
 
-/// The counter image, unpacked once for all tests of a process.
+/// The counter image, unpacked once into the build's directory for tests.
 pub fn rootfs() -> &'static Path {
     static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
     ROOTFS.get_or_init(|| {
@@ -46,22 +46,29 @@ pub fn rootfs() -> &'static Path {
         };
         let index = json(&layout.join("index.json"));
         let manifest = json(&blob(index["manifests"][0]["digest"].as_str().unwrap()));
-        let rootfs = std::env::temp_dir().join(format!("ateom-test-rootfs-{}", std::process::id()));
-        std::fs::create_dir_all(&rootfs).unwrap();
+        let digest = index["manifests"][0]["digest"].as_str().unwrap();
+        let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let rootfs = tmp.join(format!("rootfs-{}", &digest[7..19]));
+        if rootfs.exists() {
+            return rootfs;
+        }
+        let unpacked = tempfile::tempdir_in(tmp).unwrap().keep();
         for layer in manifest["layers"].as_array().unwrap() {
             let status = Command::new("tar")
                 .args(["-xf", blob(layer["digest"].as_str().unwrap()).to_str().unwrap(), "-C"])
-                .arg(&rootfs)
+                .arg(&unpacked)
                 .status()
                 .unwrap();
             assert!(status.success());
         }
+        std::fs::set_permissions(&unpacked, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        // Another process may have been faster; both are the same.
+        if std::fs::rename(&unpacked, &rootfs).is_err() {
+            std::fs::remove_dir_all(&unpacked).unwrap();
+        }
         rootfs
     })
 }
-
-/// Removes the unpacked image when the last test of a process is over.
-pub struct Cleanup;
 
 pub fn boottime_in(seconds: f64) -> i64 {
     ateom::boottime_ns() + (seconds * 1e9) as i64
