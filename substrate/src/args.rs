@@ -142,7 +142,9 @@ pub enum Command {
     DemoInternet(DemoInternet),
     /// Print the versions of this program and of the running one
     Version,
-    /// Print a completion script, for example: substrate completion bash > /etc/bash_completion.d/substrate
+    /// Print a completion script for your shell
+    ///
+    /// For example: substrate completion bash > /etc/bash_completion.d/substrate
     Completion {
         /// Which shell
         #[arg(value_enum)]

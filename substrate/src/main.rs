@@ -89,8 +89,9 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Command::Request(options) => cmd::request::run(options, &global).await.map(done),
         Command::Version => cmd::version::run(&global).await.map(done),
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "substrate", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "substrate", &mut script);
+            cmd::print(&String::from_utf8_lossy(&script)).map(done)
         }
     }
 }

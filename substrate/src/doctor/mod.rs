@@ -400,7 +400,7 @@ fn text(checks: &[Check], output: Output) -> String {
         let names = checks.iter().filter(|check| check.verdict == Verdict::Missing);
         return names.flat_map(|check| [check.name, "\n"]).collect();
     }
-    let mut table = Table::new(&["", "CHECK", "FOUND"]);
+    let mut table = Table::new(&[" ", "CHECK", "FOUND"]);
     for check in checks {
         let mark = match check.verdict {
             Verdict::Ok => "✓",

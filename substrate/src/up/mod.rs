@@ -19,6 +19,7 @@ mod logging;
 mod parts;
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -61,7 +62,7 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
     };
     make_dirs(&settings)?;
     let lock = lock::take(&settings.dir)?;
-    check_port(&settings)?;
+    check_port(settings.listen)?;
     let log = logging::start(&settings.dir, &settings.log, options.verbose)?;
     for check in &checks {
         tracing::info!(check = check.name, verdict = ?check.verdict, "{}", check.message);
@@ -166,15 +167,13 @@ fn make_dirs(settings: &Settings) -> Result<(), Failure> {
 }
 
 /// Tried before anything is started: by the time ingress binds it, a lot has been done.
-fn check_port(settings: &Settings) -> Result<(), Failure> {
-    match std::net::TcpListener::bind(settings.listen) {
+fn check_port(listen: SocketAddr) -> Result<(), Failure> {
+    match std::net::TcpListener::bind(listen) {
         Ok(_) => Ok(()),
-        Err(error) => {
-            Err(Failure::general(format!("cannot listen on {} for ingress: {error}", settings.listen))
-                .with_way_out(
-                    "choose another address with --listen (port 0 takes a free one), or stop who has it",
-                ))
-        }
+        Err(error) => Err(Failure::general(format!("cannot listen on {listen} for ingress: {error}"))
+            .with_way_out(
+                "choose another address with --listen (port 0 takes a free one), or stop who has it",
+            )),
     }
 }
 
@@ -360,5 +359,21 @@ async fn follow_suspends(mut control: Control, mut spinner: Spinner) {
             _ => {}
         }
         spinner.say(format!("suspending: {} still awake", actors(awake.len())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_taken_port_is_named_with_the_way_out() {
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let failure = check_port(address).unwrap_err();
+        assert!(failure.message.contains(&address.to_string()), "{}", failure.message);
+        assert!(failure.way_out.unwrap().contains("--listen"));
+        drop(taken);
+        check_port(address).unwrap();
     }
 }

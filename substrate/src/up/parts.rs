@@ -278,3 +278,57 @@ pub async fn stop_workers(settings: &Settings, ateom: PathBuf) -> Result<(), Fai
         .await
         .doing(|| "cannot end the workers".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A part that is ready at once and runs until it is told to end.
+    async fn obedient(ready: oneshot::Sender<u32>, token: CancellationToken) -> Result<(), String> {
+        let _ = ready.send(7);
+        token.cancelled().await;
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_part_that_fails_before_it_is_ready_is_named_with_its_reason() {
+        let mut parts = Parts::new();
+        assert_eq!(parts.spawn("control plane", Side::Back, obedient).await.unwrap(), 7);
+        let failing = |ready: oneshot::Sender<()>, _| async move {
+            drop(ready);
+            Err::<(), _>("the database is corrupt")
+        };
+        let failure = parts.spawn("node agent", Side::Back, failing).await.unwrap_err();
+        assert_eq!(failure.message, "the node agent failed: the database is corrupt");
+        parts.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_part_that_ends_by_itself_later_is_a_failure_too() {
+        let mut parts = Parts::new();
+        let brief = |ready: oneshot::Sender<()>, _| async move {
+            let _ = ready.send(());
+            Ok::<_, String>(())
+        };
+        parts.spawn("egress proxy", Side::Back, brief).await.unwrap();
+        assert_eq!(parts.failed().await.message, "the egress proxy failed: it ended by itself");
+    }
+
+    #[tokio::test]
+    async fn the_front_ends_first_and_alone() {
+        let mut parts = Parts::new();
+        parts.spawn("control plane", Side::Back, obedient).await.unwrap();
+        parts.spawn("ingress", Side::Front, obedient).await.unwrap();
+        parts.spawn("driver", Side::Front, obedient).await.unwrap();
+        parts.stop_front().await;
+        assert_eq!(parts.tasks.len(), 1, "only the control plane runs");
+        parts.stop().await;
+        assert!(parts.tasks.is_empty());
+    }
+
+    #[test]
+    fn machines_on_other_directories_have_groups_of_their_own() {
+        assert_eq!(cgroup(Path::new("/var/lib/substrate")), "substrate");
+        assert_ne!(cgroup(Path::new("/tmp/a")), cgroup(Path::new("/tmp/b")));
+    }
+}
