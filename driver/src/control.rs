@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The driver's client of the control plane (`ateapi.v1.Control`).
 //!
-//! One lazily connected HTTP/2 channel. Every call has a deadline. A call whose connection broke, or that was answered
-//! with `Unavailable` or `Aborted`, is tried again with growing, jittered pauses for as long as [`PATIENCE`]; every mutating call carries a
-//! request id that stays the same over its retries, so a retry finds the first attempt's effect. Keys and tokens are
-//! read from their files at each connect and call, so replacing a file is enough to renew them.
+//! One lazily connected HTTP/2 channel. Every call has a deadline. A call whose connection broke is tried again with
+//! growing, jittered pauses for as long as [`PATIENCE`]; so is a short one that was answered with `Unavailable` or
+//! `Aborted`, but not a verb: it has been tried, and its failure is the answer. Every mutating call carries a request
+//! id that stays the same over its retries, so a retry finds the first attempt's effect. Keys and tokens are read from
+//! their files at each connect and call, so replacing a file is enough to renew them.
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
@@ -36,6 +37,13 @@ const PAGE: u32 = 500;
 const MAX_MESSAGE: usize = 32 << 20;
 
 type Client = ControlClient<InterceptedService<Channel, Bearer>>;
+
+/// How long one attempt of a call may take, and of which kind it is.
+#[derive(Clone, Copy)]
+enum Allowance {
+    Short(Duration),
+    Verb(Duration),
+}
 
 /// A handle on the control plane; cheap to clone.
 #[derive(Clone)]
@@ -81,7 +89,7 @@ impl Control {
     async fn call<Q, R, F, A>(
         &self,
         doing: impl Into<String>,
-        deadline: Duration,
+        allowance: Allowance,
         request: Q,
         attempt: F,
     ) -> Result<R, Failure>
@@ -90,6 +98,7 @@ impl Control {
         F: Fn(Client, Request<Q>) -> A,
         A: Future<Output = Result<Response<R>, Status>>,
     {
+        let (Allowance::Short(deadline) | Allowance::Verb(deadline)) = allowance;
         let begun = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(25), PATIENCE);
         let status = loop {
@@ -103,8 +112,9 @@ impl Control {
                     break Status::deadline_exceeded(format!("no answer within {} s", deadline.as_secs()));
                 }
             };
-            let retriable =
-                is_transport(&status) || matches!(status.code(), Code::Unavailable | Code::Aborted);
+            let retriable = is_transport(&status)
+                || (matches!(allowance, Allowance::Short(_))
+                    && matches!(status.code(), Code::Unavailable | Code::Aborted));
             let pause = backoff.pause();
             if !retriable || begun.elapsed() + pause > PATIENCE {
                 break status;
@@ -129,9 +139,12 @@ impl Control {
     pub async fn get_actor(&self, uid: &str) -> Result<Option<ateapi::Actor>, Failure> {
         let request = ateapi::GetActorRequest { actor: Some(by_uid(uid)) };
         let answer = self
-            .call(format!("look up actor {uid}"), SHORT, request, |mut client, request| async move {
-                client.get_actor(request).await
-            })
+            .call(
+                format!("look up actor {uid}"),
+                Allowance::Short(SHORT),
+                request,
+                |mut client, request| async move { client.get_actor(request).await },
+            )
             .await;
         absent_is_none(answer)
     }
@@ -153,9 +166,12 @@ impl Control {
         };
         loop {
             let page = self
-                .call("list actors", SHORT, request.clone(), |mut client, request| async move {
-                    client.list_actors(request).await
-                })
+                .call(
+                    "list actors",
+                    Allowance::Short(SHORT),
+                    request.clone(),
+                    |mut client, request| async move { client.list_actors(request).await },
+                )
                 .await?;
             actors.extend(page.actors);
             if page.next_page_token.is_empty() {
@@ -183,7 +199,7 @@ impl Control {
         };
         self.call(
             format!("create actor {atespace}/{name}"),
-            SHORT,
+            Allowance::Short(SHORT),
             request,
             |mut client, request| async move { client.create_actor(request).await },
         )
@@ -202,9 +218,12 @@ impl Control {
             request_id: request_id(),
             ..Default::default()
         };
-        self.call(format!("annotate actor {uid}"), SHORT, request, |mut client, request| async move {
-            client.update_actor(request).await
-        })
+        self.call(
+            format!("annotate actor {uid}"),
+            Allowance::Short(SHORT),
+            request,
+            |mut client, request| async move { client.update_actor(request).await },
+        )
         .await
     }
 
@@ -216,9 +235,12 @@ impl Control {
             request_id: request_id(),
         };
         let answer = self
-            .call(format!("start actor {uid}"), deadline, request, |mut client, request| async move {
-                client.resume_actor(request).await
-            })
+            .call(
+                format!("start actor {uid}"),
+                Allowance::Verb(deadline),
+                request,
+                |mut client, request| async move { client.resume_actor(request).await },
+            )
             .await?;
         self.answered(answer.actor, "start", uid)
     }
@@ -232,9 +254,12 @@ impl Control {
             ..Default::default()
         };
         let answer = self
-            .call(format!("suspend actor {uid}"), deadline, request, |mut client, request| async move {
-                client.suspend_actor(request).await
-            })
+            .call(
+                format!("suspend actor {uid}"),
+                Allowance::Verb(deadline),
+                request,
+                |mut client, request| async move { client.suspend_actor(request).await },
+            )
             .await?;
         self.answered(answer.actor, "suspend", uid)
     }
@@ -243,9 +268,12 @@ impl Control {
     pub async fn promote(&self, uid: &str, deadline: Duration) -> Result<ateapi::Actor, Failure> {
         let request = ateapi::PromoteActorRequest { actor: Some(by_uid(uid)), request_id: request_id() };
         let answer = self
-            .call(format!("promote actor {uid}"), deadline, request, |mut client, request| async move {
-                client.promote_actor(request).await
-            })
+            .call(
+                format!("promote actor {uid}"),
+                Allowance::Verb(deadline),
+                request,
+                |mut client, request| async move { client.promote_actor(request).await },
+            )
             .await?;
         self.answered(answer.actor, "promote", uid)
     }
@@ -265,9 +293,12 @@ impl Control {
     pub async fn delete_actor(&self, uid: &str, deadline: Duration) -> Result<bool, Failure> {
         let request = ateapi::DeleteActorRequest { actor: Some(by_uid(uid)), request_id: request_id() };
         let answer = self
-            .call(format!("delete actor {uid}"), deadline, request, |mut client, request| async move {
-                client.delete_actor(request).await
-            })
+            .call(
+                format!("delete actor {uid}"),
+                Allowance::Verb(deadline),
+                request,
+                |mut client, request| async move { client.delete_actor(request).await },
+            )
             .await;
         Ok(absent_is_none(answer)?.is_some_and(|answer| answer.deleted))
     }
@@ -282,7 +313,7 @@ impl Control {
         let answer = self
             .call(
                 format!("look up template {atespace}/{name}"),
-                SHORT,
+                Allowance::Short(SHORT),
                 request,
                 |mut client, request| async move { client.get_template(request).await },
             )
@@ -312,7 +343,7 @@ impl Control {
             request_id: request_id(),
             dry_run,
         };
-        self.call(doing, RESOLVE, request, |mut client, request| async move {
+        self.call(doing, Allowance::Short(RESOLVE), request, |mut client, request| async move {
             client.create_template(request).await
         })
         .await
@@ -328,7 +359,7 @@ impl Control {
         let answer = self
             .call(
                 format!("delete template {atespace}/{name}"),
-                SHORT,
+                Allowance::Short(SHORT),
                 request,
                 |mut client, request| async move { client.delete_template(request).await },
             )
@@ -346,9 +377,12 @@ impl Control {
         };
         loop {
             let page = self
-                .call("list templates", SHORT, request.clone(), |mut client, request| async move {
-                    client.list_templates(request).await
-                })
+                .call(
+                    "list templates",
+                    Allowance::Short(SHORT),
+                    request.clone(),
+                    |mut client, request| async move { client.list_templates(request).await },
+                )
                 .await?;
             templates.extend(page.templates);
             if page.next_page_token.is_empty() {
@@ -362,9 +396,12 @@ impl Control {
     pub async fn get_atespace(&self, name: &str) -> Result<Option<ateapi::Atespace>, Failure> {
         let request = ateapi::GetAtespaceRequest { name: name.to_owned() };
         let answer = self
-            .call(format!("look up atespace {name}"), SHORT, request, |mut client, request| async move {
-                client.get_atespace(request).await
-            })
+            .call(
+                format!("look up atespace {name}"),
+                Allowance::Short(SHORT),
+                request,
+                |mut client, request| async move { client.get_atespace(request).await },
+            )
             .await;
         absent_is_none(answer)
     }
@@ -377,9 +414,12 @@ impl Control {
     ) -> Result<ateapi::Atespace, Failure> {
         let request =
             ateapi::CreateAtespaceRequest { name: name.to_owned(), labels, request_id: request_id() };
-        self.call(format!("make atespace {name}"), SHORT, request, |mut client, request| async move {
-            client.create_atespace(request).await
-        })
+        self.call(
+            format!("make atespace {name}"),
+            Allowance::Short(SHORT),
+            request,
+            |mut client, request| async move { client.create_atespace(request).await },
+        )
         .await
     }
 
@@ -387,9 +427,12 @@ impl Control {
     pub async fn delete_atespace(&self, name: &str) -> Result<bool, Failure> {
         let request = ateapi::DeleteAtespaceRequest { name: name.to_owned(), request_id: request_id() };
         let answer = self
-            .call(format!("delete atespace {name}"), SHORT, request, |mut client, request| async move {
-                client.delete_atespace(request).await
-            })
+            .call(
+                format!("delete atespace {name}"),
+                Allowance::Short(SHORT),
+                request,
+                |mut client, request| async move { client.delete_atespace(request).await },
+            )
             .await;
         Ok(absent_is_none(answer)?.is_some_and(|answer| answer.deleted))
     }
@@ -400,9 +443,12 @@ impl Control {
         let mut request = ateapi::ListAtespacesRequest { page_size: PAGE, page_token: String::new() };
         loop {
             let page = self
-                .call("list atespaces", SHORT, request.clone(), |mut client, request| async move {
-                    client.list_atespaces(request).await
-                })
+                .call(
+                    "list atespaces",
+                    Allowance::Short(SHORT),
+                    request.clone(),
+                    |mut client, request| async move { client.list_atespaces(request).await },
+                )
                 .await?;
             atespaces.extend(page.atespaces);
             if page.next_page_token.is_empty() {
