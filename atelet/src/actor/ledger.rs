@@ -114,7 +114,7 @@ impl Ledger {
                     generation: assignment.generation,
                 });
             }
-            if known.since > 0 && known.containers == containers {
+            if known.since > 0 && known.containers == containers && known.worker == assignment.worker_id {
                 // A retry: what the first call noted stands.
                 return Ok(());
             }
@@ -170,6 +170,20 @@ impl Ledger {
             .collect()
     }
 
+    /// Nothing of an assignment is on its worker: its start failed. It may be started again.
+    pub fn displaced(&self, assignment: &Assignment) {
+        let mut entries = self.lock();
+        if let Some(entry) = entries.get_mut(&assignment.actor_uid)
+            && entry.generation == assignment.generation
+        {
+            entry.worker.clear();
+            let entry = entry.clone();
+            if let Err(error) = self.keep(&assignment.actor_uid, &entry) {
+                tracing::warn!(%error, "a loss may be told of what never ran");
+            }
+        }
+    }
+
     /// Forgets an actor whose directory is removed.
     pub fn forget(&self, uid: &str) {
         self.lock().remove(uid);
@@ -209,7 +223,13 @@ mod tests {
         assert!(matches!(ledger.begin(&assignment(2), vec![], 1), Err(NodeError::Stale { .. })));
         ledger.end(&assignment(2)).unwrap();
         assert!(!ledger.get("u1").unwrap().ended, "a lower end is of the past");
+        assert_eq!(ledger.on_worker("w"), [assignment(3)]);
+        ledger.displaced(&assignment(3));
+        assert!(ledger.on_worker("w").is_empty());
+        ledger.begin(&assignment(3), vec!["main".into()], 12).unwrap();
+        assert_eq!(ledger.on_worker("w").len(), 1);
         ledger.end(&assignment(3)).unwrap();
+        assert!(ledger.on_worker("w").is_empty());
         let ledger = Ledger::open(dir.path()).unwrap();
         assert!(matches!(ledger.begin(&assignment(3), vec![], 1), Err(NodeError::Ended { .. })));
         assert!(ledger.check(&assignment(3)).is_ok());

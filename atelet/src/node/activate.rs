@@ -152,6 +152,7 @@ impl Node {
                 self.clear(assignment).await;
             }
             self.release_images(assignment);
+            self.ledger.displaced(assignment);
         }
         let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
         if starting.get(&assignment.actor_uid).is_some_and(|own| own.generation == assignment.generation) {

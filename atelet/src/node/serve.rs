@@ -128,13 +128,18 @@ pub async fn serve(
     // The caller may not care.
     let _ = ready.send(());
     let stopping = shutdown.clone();
-    let server = tonic::transport::Server::builder()
-        .add_service(service)
-        .serve_with_incoming_shutdown(incoming, async move { stopping.cancelled().await });
+    let server = tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
+        incoming,
+        async move {
+            stopping.cancelled().await;
+            // Its stream would not end by itself.
+            hub.close();
+        },
+    );
     let mut server = std::pin::pin!(server);
     let served = tokio::select! {
         served = &mut server => served,
-        // Streams of the control plane never end by themselves.
+        // Somebody may follow a log, or sit at a terminal.
         () = async { shutdown.cancelled().await; tokio::time::sleep(DRAIN).await } => Ok(()),
     };
     stop.cancel();
@@ -204,23 +209,31 @@ fn settings(config: &Config) -> Settings {
 
 impl Node {
     /// News of a worker: what was lost is noted before it is told.
-    fn take_news(&self, id: &str, mut news: News) {
+    fn take_news(&self, id: &str, news: News) {
         let Some(worker) = self.workers.get(id) else { return };
-        let view = worker.view();
-        if let News::Lost { assignment, .. } = &mut news {
-            // A worker that died while nobody watched is asked for nothing: what was started there is in the ledger.
-            if assignment.is_none() {
-                *assignment = self.ledger.on_worker(id).into_iter().next();
+        let lost = match &news {
+            News::Lost { assignment, .. } => assignment.clone().into_iter().collect(),
+            // It died while nobody watched: what was started there is in the ledger.
+            News::Vacant => self.ledger.on_worker(id),
+            _ => Vec::new(),
+        };
+        for assignment in &lost {
+            // Its generation must not come back by a late retry.
+            if let Err(error) = self.ledger.end(assignment) {
+                tracing::warn!(%error, "a late start would not be recognised after a restart of this process");
             }
-            if let Some(lost) = assignment {
-                // Its generation must not come back by a late retry.
-                if let Err(error) = self.ledger.end(lost) {
-                    tracing::warn!(%error, "a late start would not be recognised after a restart of this process");
-                }
-                self.release_images(lost);
-            }
+            self.release_images(assignment);
         }
-        self.hub.news(id, news, Self::worker_message(worker), &view);
+        let (message, view) = (Self::worker_message(worker), worker.view());
+        if matches!(news, News::Vacant) {
+            for assignment in lost {
+                let reason = "its process was gone when the node agent started".to_owned();
+                let news = News::Lost { assignment: Some(assignment), reason };
+                self.hub.news(id, news, message.clone(), &view);
+            }
+        } else {
+            self.hub.news(id, news, message, &view);
+        }
     }
 }
 

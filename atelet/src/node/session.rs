@@ -76,6 +76,7 @@ impl Hub {
                     }
                 }
             }
+            News::Vacant => {}
             News::Lost { assignment, reason } => {
                 let lost = WorkerLost { worker_id: worker.to_owned(), assignment, reason };
                 inner.lost.insert(worker.to_owned(), lost.clone());
@@ -114,6 +115,13 @@ impl Hub {
         let mut inner = self.lock();
         inner.lost.remove(worker);
         inner.told.remove(worker);
+    }
+
+    /// Ends the session: nobody is told anything any more.
+    pub(super) fn close(&self) {
+        if let Some(outbox) = self.lock().outbox.take() {
+            outbox.ended.cancel();
+        }
     }
 
     fn open(&self) -> (Arc<Session>, Vec<WorkerLost>) {

@@ -125,6 +125,8 @@ impl Settings {
 pub enum News {
     /// Its view has changed.
     Changed,
+    /// There was no process to adopt, and what an earlier one may have left was fenced.
+    Vacant,
     /// It was fenced.
     Lost {
         /// What was in it as far as its last status said.
@@ -348,6 +350,9 @@ impl Task {
         }
         if !self.fence().await {
             return Err("the node agent is stopping".to_owned());
+        }
+        if self.view.borrow().fences == 0 {
+            (self.listener)(&self.id, News::Vacant);
         }
         let socket = self.settings.socket(&self.id);
         let group = self.group.child("ateom");

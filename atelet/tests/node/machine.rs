@@ -56,15 +56,32 @@ impl Machine {
         Some(Self { dir, config })
     }
 
-    pub async fn start(&self) -> Running {
-        let (ready, is_ready) = oneshot::channel();
-        let shutdown = CancellationToken::new();
-        let task = tokio::spawn(atelet::serve(self.config.clone(), ready, shutdown.clone()));
-        is_ready.await.expect("the node agent did not come up");
+    /// Starts an agent in a runtime of its own, so that it can be killed with everything it does. Its control plane
+    /// grants leases for `named`.
+    pub async fn start(&self, named: &[&Assignment]) -> Running {
+        let begun = std::time::Instant::now();
+        let (runtime, shutdown, task) = loop {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            let (ready, is_ready) = oneshot::channel();
+            let shutdown = CancellationToken::new();
+            let task = runtime.spawn(atelet::serve(self.config.clone(), ready, shutdown.clone()));
+            if is_ready.await.is_ok() {
+                break (runtime, shutdown, task);
+            }
+            let outcome = task.await.unwrap();
+            runtime.shutdown_background();
+            // What was killed may take a moment to let go of its locks.
+            let error = outcome.expect_err("the node agent ended at once").to_string();
+            assert!(
+                error.contains("lock") && begun.elapsed() < PATIENCE,
+                "the node agent did not come up: {error}"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
         let endpoint = Endpoint::from_shared(format!("unix:{}", self.config.socket.display())).unwrap();
         let channel = endpoint.connect().await.unwrap();
-        let session = Session::open(NodeClient::new(channel.clone())).await;
-        Running { client: NodeClient::new(channel), session, shutdown, task }
+        let session = Session::open(NodeClient::new(channel.clone()), named).await;
+        Running { client: NodeClient::new(channel), session, shutdown, task, runtime: Some(runtime) }
     }
 
     pub fn knob(&self, worker: &str, name: &str) -> PathBuf {
@@ -140,20 +157,28 @@ pub struct Running {
     pub session: Session,
     shutdown: CancellationToken,
     task: tokio::task::JoinHandle<Result<(), atelet::Error>>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Also when a test fails: nothing of it may start workers again.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl Running {
     /// Ends the agent as a shutdown does; workers stay.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.shutdown.cancel();
-        drop((self.client, self.session));
-        self.task.await.unwrap().unwrap();
+        (&mut self.task).await.unwrap().unwrap();
     }
 
     /// Ends it as a kill does.
-    pub async fn kill(self) {
-        self.task.abort();
-        let _ = self.task.await;
+    pub fn kill(self) {
+        drop(self);
     }
 
     /// What the actor holds only in memory.
@@ -199,10 +224,12 @@ pub struct Session {
 }
 
 impl Session {
-    pub async fn open(mut client: NodeClient<Channel>) -> Self {
+    /// Opens one that grants leases for `named`.
+    pub async fn open(mut client: NodeClient<Channel>, named: &[&Assignment]) -> Self {
         let (requests, stream) = mpsc::channel(8);
         let mut events = client.session(ReceiverStream::new(stream)).await.unwrap().into_inner();
-        let named: Arc<Mutex<Vec<Assignment>>> = Arc::default();
+        let named: Arc<Mutex<Vec<Assignment>>> =
+            Arc::new(Mutex::new(named.iter().map(|named| (*named).clone()).collect()));
         let granting = Arc::new(Mutex::new(true));
         let (sender, told) = watch::channel(Told::default());
         let (names, grants) = (Arc::clone(&named), Arc::clone(&granting));
@@ -273,6 +300,9 @@ fn image(dir: &Path) {
     let mut header = tar::Header::new_gnu();
     header.set_size(3);
     header.set_mode(0o755);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
     tar.append_data(&mut header, "agent", &b"bin"[..]).unwrap();
     let layer = tar.into_inner().unwrap();
     let (layer_digest, layer_size) = blob(&layer);

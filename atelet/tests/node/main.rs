@@ -55,7 +55,7 @@ fn reason(status: &tonic::Status) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_actor_is_suspended_uploaded_and_comes_back_from_either_copy() {
     let Some(machine) = Machine::new(2) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(2).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -152,7 +152,7 @@ async fn an_actor_is_suspended_uploaded_and_comes_back_from_either_copy() {
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_outlive_the_agent_and_are_adopted() {
     let Some(machine) = Machine::new(2) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(2).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -167,8 +167,7 @@ async fn workers_outlive_the_agent_and_are_adopted() {
     let error = atelet::stop_workers(&machine.config).await.unwrap_err().to_string();
     assert!(error.contains("w1") && error.contains("suspend or delete"), "{error}");
 
-    let mut node = machine.start().await;
-    node.session.name(&first);
+    let mut node = machine.start(&[&first]).await;
     let told = node.session.all_up(1).await;
     assert_eq!(told.workers["w1"].slot.as_ref().unwrap().phase(), Phase::Running);
     node.session.all_up(2).await;
@@ -197,7 +196,7 @@ async fn wait_for(mut condition: impl FnMut() -> bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_worker_is_fenced_told_and_started_again() {
     let Some(machine) = Machine::new(1) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(1).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -218,7 +217,7 @@ async fn a_dead_worker_is_fenced_told_and_started_again() {
     let error = node.client.activate(machine.activate(&first)).await.unwrap_err();
     assert_eq!(error.code(), Code::Aborted, "a lost generation came back: {error}");
     // A session that begins later is told too; the one before ends.
-    let later = Session::open(node.client.clone()).await;
+    let later = Session::open(node.client.clone(), &[]).await;
     later.until("the loss, again", |told| told.lost.len() == 1).await;
     node.session.until("the end of the first session", |told| told.ended).await;
     let second = assignment("u1", 2, "w1");
@@ -230,7 +229,7 @@ async fn a_dead_worker_is_fenced_told_and_started_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_died_while_nobody_watched_is_fenced_and_told() {
     let Some(machine) = Machine::new(1) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(1).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -240,7 +239,7 @@ async fn a_worker_that_died_while_nobody_watched_is_fenced_and_told() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     let actors = machine.group().child("w1").child("actor-1");
     assert!(actors.is_populated().unwrap());
-    let node = machine.start().await;
+    let node = machine.start(&[]).await;
     node.session.all_up(1).await;
     assert!(!actors.is_populated().unwrap(), "what a dead worker left still runs");
     let told = node.session.until("the loss", |told| !told.lost.is_empty()).await;
@@ -251,7 +250,7 @@ async fn a_worker_that_died_while_nobody_watched_is_fenced_and_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_lease_does_not_name_is_ended_and_without_one_nothing_starts() {
     let Some(machine) = Machine::new(2) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(2).await;
     let (kept, past) = (assignment("u1", 1, "w1"), assignment("u2", 1, "w2"));
     node.session.name(&kept);
@@ -262,8 +261,7 @@ async fn what_a_lease_does_not_name_is_ended_and_without_one_nothing_starts() {
     let past = request.assignment.clone().unwrap();
     node.client.activate(request).await.unwrap();
     // A new session asks at once; only one actor is named.
-    let later = Session::open(node.client.clone()).await;
-    later.name(&kept);
+    let later = Session::open(node.client.clone(), &[&kept]).await;
     later
         .until("the end of what is not named", |told| {
             told.workers["w2"].slot.as_ref().is_some_and(|slot| slot.phase() == Phase::Empty)
@@ -275,7 +273,7 @@ async fn what_a_lease_does_not_name_is_ended_and_without_one_nothing_starts() {
     node.stop().await;
 
     // A control plane that grants nothing.
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(2).await;
     *node.session.granting.lock().unwrap() = false;
     let next = assignment("u3", 1, "w2");
@@ -290,7 +288,7 @@ async fn what_a_lease_does_not_name_is_ended_and_without_one_nothing_starts() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_or_released_start_leaves_nothing() {
     let Some(machine) = Machine::new(1) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(1).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -343,7 +341,7 @@ async fn a_failed_or_released_start_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_exit_is_told_and_its_slot_taken_by_the_next() {
     let Some(machine) = Machine::new(1) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(1).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -353,7 +351,7 @@ async fn an_exit_is_told_and_its_slot_taken_by_the_next() {
     assert_eq!(told.exited[0].assignment.as_ref(), Some(&first));
     assert_eq!(told.exited[0].exit.as_ref().unwrap().code, 3);
     // Nobody released it; a later session hears of it too.
-    let later = Session::open(node.client.clone()).await;
+    let later = Session::open(node.client.clone(), &[]).await;
     later.until("the exit, again", |told| told.exited.len() == 1).await;
     let mut request = machine.activate(&assignment("u2", 1, "w1"));
     request.assignment.as_mut().unwrap().actor_name = "bob".into();
@@ -368,7 +366,7 @@ async fn an_exit_is_told_and_its_slot_taken_by_the_next() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_checkpoint_leaves_the_actor_running() {
     let Some(mut machine) = Machine::new(1) else { return };
-    let mut node = machine.start().await;
+    let mut node = machine.start(&[]).await;
     node.session.all_up(1).await;
     let first = assignment("u1", 1, "w1");
     node.session.name(&first);
@@ -395,8 +393,7 @@ async fn a_refused_checkpoint_leaves_the_actor_running() {
     node.stop().await;
     // With the disk nearly full nothing is begun.
     machine.config.min_free_bytes = u64::MAX / 2;
-    let mut node = machine.start().await;
-    node.session.name(&first);
+    let mut node = machine.start(&[&first]).await;
     node.session.all_up(1).await;
     let error = node.client.checkpoint(checkpoint(&first, "s3", Mode::Stop)).await.unwrap_err();
     assert!(error.code() == Code::FailedPrecondition && error.message().contains("delete actors"), "{error}");
@@ -408,7 +405,7 @@ async fn a_refused_checkpoint_leaves_the_actor_running() {
 async fn a_checkpoint_survives_the_end_of_the_agent() {
     let Some(machine) = Machine::new(1) else { return };
     for (round, before_the_answer) in [(1, true), (2, false)] {
-        let mut node = machine.start().await;
+        let mut node = machine.start(&[]).await;
         node.session.all_up(1).await;
         let uid = format!("u{round}");
         let own = assignment(&uid, 1, "w1");
@@ -422,15 +419,14 @@ async fn a_checkpoint_survives_the_end_of_the_agent() {
         let staging = machine.config.dir.join(format!("snapshots/{uid}/.new-s1/files/pages.img"));
         wait_for(|| staging.exists()).await;
         pending.abort();
-        node.kill().await;
+        node.kill();
         if !before_the_answer {
             // The ateom ends its checkpoint while there is no agent.
             std::fs::remove_file(machine.knob("w1", "checkpoint-hangs")).unwrap();
             let actors = machine.group().child("w1").child("actor-1");
             wait_for(|| !actors.is_populated().unwrap()).await;
         }
-        let mut node = machine.start().await;
-        node.session.name(&own);
+        let mut node = machine.start(&[&own]).await;
         node.session.all_up(1).await;
         let mut client = node.client.clone();
         let request = checkpoint(&own, "s1", Mode::Stop);
