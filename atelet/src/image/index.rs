@@ -584,6 +584,14 @@ impl Index {
     }
 }
 
+/// Unmounts all images of the store in `dir`, which no process uses any more; the next opening mounts what it needs.
+///
+/// # Errors
+/// With the mount that is busy.
+pub fn unmount_all(dir: &Path) -> io::Result<()> {
+    unmount_beneath(dir, |_| false)
+}
+
 /// Unmounts everything beneath `dir` that is not to be kept, deepest first.
 fn unmount_beneath(dir: &Path, keep: impl Fn(&Path) -> bool) -> io::Result<()> {
     let mut points = overlay::mounts_beneath(dir)?;

@@ -46,7 +46,7 @@ mod tree;
 mod user;
 
 pub use error::ImageError;
-pub use index::{Collected, Usage};
+pub use index::{Collected, Usage, unmount_all};
 pub use layer::Limits;
 pub use progress::{Phase, Progress};
 pub use reference::{Digest, Reference, Repository, Source};

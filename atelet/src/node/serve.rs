@@ -305,7 +305,14 @@ pub async fn stop_workers(config: &Config) -> Result<(), Error> {
         stopped?;
     }
     let run: PathBuf = config.run_dir.join("actors");
-    crate::blocking(move || ActorPlaces::unmount(&run)).await;
+    let images = config.dir.join("images");
+    crate::blocking(move || {
+        ActorPlaces::unmount(&run);
+        if let Err(error) = crate::image::unmount_all(&images) {
+            tracing::warn!(path = %images.display(), %error, "cannot unmount the images");
+        }
+    })
+    .await;
     Ok(())
 }
 
