@@ -23,6 +23,14 @@ pub enum SlotError {
         /// The highest seen.
         known: u64,
     },
+    /// This copy has run here and is gone.
+    #[error("generation {generation} of actor {actor} has ended here: a new start needs a higher one")]
+    Ended {
+        /// Uid.
+        actor: String,
+        /// Of the call.
+        generation: u64,
+    },
     /// Another actor, or another generation of this one, is in the slot.
     #[error("the slot is taken by actor {actor} generation {generation} ({phase}); terminate it first")]
     Occupied {
@@ -100,7 +108,7 @@ impl SlotError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Invalid(_) => "INVALID",
-            Self::Stale { .. } => "STALE_GENERATION",
+            Self::Stale { .. } | Self::Ended { .. } => "STALE_GENERATION",
             Self::Occupied { .. } => "OCCUPIED",
             Self::NotHere { .. } => "NOT_HERE",
             Self::NotNow { .. } => "NOT_NOW",
@@ -122,6 +130,7 @@ impl SlotError {
             Self::Invalid(_) => Code::InvalidArgument,
             // Refused before anything was touched: the contract of FAILED_PRECONDITION.
             Self::Stale { .. }
+            | Self::Ended { .. }
             | Self::Occupied { .. }
             | Self::NotHere { .. }
             | Self::NotNow { .. }

@@ -15,6 +15,7 @@
 //! Nothing is deleted by runsc: a sandbox dies with its control group, and its `--root` is a directory of its own.
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -312,6 +313,7 @@ fn workload_streams(container: &ResolvedContainer) -> Result<Streams, RuntimeErr
     let file = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
+        .mode(0o640)
         .open(path)
         .map_err(file_error("open for appending", path))?;
     Streams::output(file.into()).map_err(file_error("open", Path::new("/dev/null")))
@@ -386,10 +388,14 @@ impl Sandbox for GvisorSandbox {
     }
 
     async fn died(&self) -> String {
-        // A pidfd is readable from the end of its process on.
-        match self.sandbox.readable().await {
-            Ok(_) => "the sandbox process (sentry) died".to_owned(),
-            Err(error) => format!("cannot watch the sandbox process: {error}"),
+        tokio::select! {
+            biased;
+            // A pidfd is readable from the end of its process on.
+            ended = self.sandbox.readable() => match ended {
+                Ok(_) => "the sandbox process (sentry) died".to_owned(),
+                Err(error) => format!("cannot watch the sandbox process: {error}"),
+            },
+            () = self.runsc.gone() => "the launcher in the actor's cgroup died".to_owned(),
         }
     }
 }

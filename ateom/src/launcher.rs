@@ -25,6 +25,7 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::children::{Children, Exit};
@@ -89,6 +90,7 @@ pub struct Launcher {
     socket: Arc<SeqPacket>,
     waiting: Waiting,
     next: Arc<std::sync::atomic::AtomicU64>,
+    gone: CancellationToken,
     /// Held for its drop: the reader has a share of the socket, which must close with the last handle.
     _reader: Arc<AbortOnDrop>,
 }
@@ -163,13 +165,20 @@ impl Launcher {
             _ => return Err(failed(io::Error::other("it ended before it was ready; see this ateom's log"))),
         }
         let waiting = Waiting::default();
-        let reader = tokio::spawn(read_replies(Arc::clone(&socket), Arc::clone(&waiting)));
+        let gone = CancellationToken::new();
+        let reader = tokio::spawn(read_replies(Arc::clone(&socket), Arc::clone(&waiting), gone.clone()));
         Ok(Self {
             socket,
             waiting,
             next: Arc::default(),
+            gone,
             _reader: Arc::new(AbortOnDrop(reader.abort_handle())),
         })
+    }
+
+    /// Returns when the launcher is dead: nothing can be started in the group any more.
+    pub async fn gone(&self) {
+        self.gone.cancelled().await;
     }
 
     /// Starts a command in the group. With `terminal`, its standard input becomes its controlling terminal.
@@ -225,7 +234,7 @@ impl Job {
     }
 }
 
-async fn read_replies(socket: Arc<SeqPacket>, waiting: Waiting) {
+async fn read_replies(socket: Arc<SeqPacket>, waiting: Waiting, gone: CancellationToken) {
     loop {
         let message = match socket.receive().await {
             Ok(Some((message, _))) => message,
@@ -252,6 +261,7 @@ async fn read_replies(socket: Arc<SeqPacket>, waiting: Waiting) {
     }
     // Dropping the senders tells every caller that the launcher is gone.
     waiting.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    gone.cancel();
 }
 
 fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {

@@ -14,7 +14,7 @@
 //! ```
 //! * FROZEN is not a state of its own: the lease has passed, and whatever the slot does stands still.
 //! * A generation that is lower than one already seen *of the same actor* is refused everywhere; generations of
-//!   different actors are not comparable.
+//!   different actors are not comparable. One that served here and is gone is refused to start again.
 //! * The slot holds its actor (`holds`) from the first process in its control group until the group was seen empty.
 //!   EMPTY therefore means empty, whichever way it was reached.
 //!
@@ -108,6 +108,14 @@ pub enum LeaseSet {
     Superseded,
 }
 
+/// What is remembered of an actor.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    generation: u64,
+    /// It served here and is gone: a start that comes late or twice must not bring its past back.
+    ended: bool,
+}
+
 /// The slot as plain values.
 #[derive(Debug, Clone)]
 pub struct State {
@@ -121,7 +129,9 @@ pub struct State {
     pub holds: bool,
     /// The next sandbox is created ahead.
     pub prepared: bool,
-    seen: HashMap<String, u64>,
+    /// The present copy has served: what it did since its snapshot is known outside.
+    served: bool,
+    seen: HashMap<String, Seen>,
     order: VecDeque<String>,
 }
 
@@ -133,6 +143,7 @@ impl Default for State {
             lease: Lease::default(),
             holds: false,
             prepared: false,
+            served: false,
             seen: HashMap::new(),
             order: VecDeque::new(),
         }
@@ -142,7 +153,9 @@ impl Default for State {
 impl State {
     fn remember(&mut self, uid: &str, generation: u64) {
         if let Some(known) = self.seen.get_mut(uid) {
-            *known = generation.max(*known);
+            if generation > known.generation {
+                *known = Seen { generation, ended: false };
+            }
             return;
         }
         if self.order.len() >= REMEMBERED_ACTORS
@@ -150,14 +163,14 @@ impl State {
         {
             self.seen.remove(&oldest);
         }
-        self.seen.insert(uid.to_owned(), generation);
+        self.seen.insert(uid.to_owned(), Seen { generation, ended: false });
         self.order.push_back(uid.to_owned());
     }
 
     fn refuse_stale(&self, uid: &str, generation: u64) -> Result<(), SlotError> {
         match self.seen.get(uid) {
-            Some(known) if generation < *known => {
-                Err(SlotError::Stale { actor: uid.to_owned(), asked: generation, known: *known })
+            Some(known) if generation < known.generation => {
+                Err(SlotError::Stale { actor: uid.to_owned(), asked: generation, known: known.generation })
             }
             _ => Ok(()),
         }
@@ -165,7 +178,10 @@ impl State {
 
     /// The highest generation seen of whoever is here; 0: nobody.
     pub fn highest_generation(&self) -> u64 {
-        self.assignment.as_ref().and_then(|owner| self.seen.get(&owner.actor_uid)).copied().unwrap_or(0)
+        self.assignment
+            .as_ref()
+            .and_then(|owner| self.seen.get(&owner.actor_uid))
+            .map_or(0, |known| known.generation)
     }
 
     /// Whether this assignment is the one in the slot.
@@ -206,9 +222,20 @@ impl State {
             Phase::Broken(why) => return Err(SlotError::Broken(why.clone())),
             _ => return Err(self.occupied()),
         }
+        if self
+            .seen
+            .get(&assignment.actor_uid)
+            .is_some_and(|known| known.ended && known.generation == assignment.generation)
+        {
+            return Err(SlotError::Ended {
+                actor: assignment.actor_uid.clone(),
+                generation: assignment.generation,
+            });
+        }
         if now_ns >= deadline_ns {
             return Err(SlotError::LeaseExpired(assignment.actor_uid.clone()));
         }
+        self.served = false;
         self.remember(&assignment.actor_uid, assignment.generation);
         self.phase = Phase::Starting;
         self.assignment = Some(assignment.clone());
@@ -222,6 +249,7 @@ impl State {
         let starting = self.phase == Phase::Starting;
         if starting {
             self.phase = Phase::Running;
+            self.served = true;
         }
         starting
     }
@@ -332,6 +360,12 @@ impl State {
     }
 
     fn vacate(&mut self) {
+        if let Some(owner) = self.assignment.as_ref().filter(|_| self.served)
+            && let Some(known) = self.seen.get_mut(&owner.actor_uid)
+            && known.generation == owner.generation
+        {
+            known.ended = true;
+        }
         self.phase = Phase::Empty;
         self.assignment = None;
         self.lease = Lease::default();

@@ -50,6 +50,20 @@ fn generations_outlive_their_actor_but_bind_only_it() {
 }
 
 #[test]
+fn a_copy_that_served_does_not_start_twice() {
+    // Saved, and its start delivered again.
+    let mut state = running("a", 7);
+    state.checkpoint(&actor("a", 7), true).unwrap();
+    state.torn_down(Ok(()));
+    assert!(matches!(state.start(&actor("a", 7), 100, 0), Err(SlotError::Ended { .. })));
+    assert_eq!(state.start(&actor("a", 8), 100, 0), Ok(Start::Begin));
+    // One that failed to start may be tried again.
+    assert!(state.start_failed());
+    state.torn_down(Ok(()));
+    assert_eq!(state.start(&actor("a", 8), 100, 0), Ok(Start::Begin));
+}
+
+#[test]
 fn terminate_ends_its_own_and_lower_generations_and_leaves_others_alone() {
     let mut state = running("a", 7);
     assert_eq!(state.terminate(&actor("b", 99)), Ok(Terminate::Done));

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -198,6 +199,10 @@ pub fn claim(config: Config) -> anyhow::Result<Claimed> {
     let own = cgroup.child(OWN_GROUP);
     own.ensure()?;
     own.add(0)?;
+    // Mount points are made with it, and every user of a container must reach them.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read RLIMIT_NOFILE")?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("cannot raise RLIMIT_NOFILE")?;
     enter_worker_namespace()?;
     Ok(Claimed { config, cgroup, _lock: lock })
 }

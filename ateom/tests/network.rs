@@ -166,11 +166,14 @@ s.settimeout(5)
 q = b'\\xab\\xcd\\x01\\x00\\x00\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x03foo\\x00\\x00\\x01\\x00\\x01'
 s.sendto(q, ('fd17::1', 53))
 print(s.recv(512)[:4].hex())
+s = socket.create_connection(('169.254.17.1', 53), timeout=5)
+s.send(len(q).to_bytes(2, 'big') + q)
+print(s.recv(512)[2:6].hex())
 "
     );
     let out = python(&mut worker, &who, &script).await;
     println!("{out}");
-    assert!(out.ends_with("abcd8182\n"), "{out}");
+    assert!(out.ends_with("abcd8182\nabcd8182\n"), "{out}");
     worker.terminate(&who).await.unwrap();
     worker.shutdown().await;
 }

@@ -77,6 +77,11 @@ impl Runsc {
         argv
     }
 
+    /// Returns when no command can be run any more.
+    pub async fn gone(&self) {
+        self.launcher.gone().await;
+    }
+
     /// Starts a command; its log is at the returned path.
     ///
     /// # Errors

@@ -26,6 +26,8 @@ const HOOK_LIMIT: Duration = Duration::from_secs(5);
 /// What the sandbox itself needs beside the workload (sentry, gofers, this crate's launcher), bytes and tasks.
 const OVERHEAD_BYTES: u64 = 96 << 20;
 const OVERHEAD_TASKS: u64 = 512;
+/// Between attempts to wait for a workload's end.
+const WAIT_AGAIN: Duration = Duration::from_secs(1);
 /// Left free on the disk beside the memory that is saved.
 const DISK_MARGIN: u64 = 64 << 20;
 
@@ -224,15 +226,20 @@ impl StartWork {
         let (sandbox, internal, number) = (Arc::clone(&self.sandbox), self.internal.clone(), self.number);
         let cancel = self.cancel.clone();
         tokio::spawn(async move {
-            let exited = tokio::select! {
-                exited = sandbox.exited() => exited,
-                () = cancel.cancelled() => return,
+            let exited = async {
+                loop {
+                    match sandbox.exited().await {
+                        Ok(exit) => return exit,
+                        // Mostly the sandbox is going down, and whoever watches it says why.
+                        Err(error) => tracing::debug!(%error, "cannot wait for the workload"),
+                    }
+                    tokio::time::sleep(WAIT_AGAIN).await;
+                }
             };
-            match exited {
+            tokio::select! {
                 // The slot's task outlives its work.
-                Ok(exit) => drop(internal.send(Internal::Exited(number, exit)).await),
-                // The sandbox is going down; whoever watches it says why.
-                Err(error) => tracing::debug!(%error, "cannot wait for the workload"),
+                exit = exited => drop(internal.send(Internal::Exited(number, exit)).await),
+                () = cancel.cancelled() => {}
             }
         });
     }
