@@ -356,6 +356,14 @@ impl Drop for Worker {
         self.cgroup.kill_and_wait_empty(Duration::from_secs(10)).unwrap();
         drop(self.process.wait());
         self.cgroup.remove().unwrap();
+        // What a killed worker had mounted, the innermost first.
+        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let points: Vec<&str> = text.lines().filter_map(|line| line.split(' ').nth(4)).collect();
+        for point in
+            points.into_iter().rev().map(Path::new).filter(|point| point.starts_with(self.dir.path()))
+        {
+            nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        }
     }
 }
 
