@@ -26,6 +26,8 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Machine {
     pub dir: tempfile::TempDir,
     pub config: Config,
+    /// Layout of the image that templates name.
+    pub image: PathBuf,
 }
 
 impl Machine {
@@ -52,8 +54,9 @@ impl Machine {
         );
         config.cgroup = format!("substrate-test/atelet-{}", uuid::Uuid::new_v4().simple());
         config.min_free_bytes = 0;
-        image(&dir.path().join("image"));
-        Some(Self { dir, config })
+        let layout = dir.path().join("image");
+        image(&layout);
+        Some(Self { image: layout, dir, config })
     }
 
     /// Starts an agent in a runtime of its own, so that it can be killed with everything it does. Its control plane
@@ -92,7 +95,7 @@ impl Machine {
         TemplateSpec {
             containers: vec![Container {
                 name: "main".into(),
-                image: format!("oci:{}", self.dir.path().join("image").display()),
+                image: format!("oci:{}", self.image.display()),
                 args: vec!["serve".into()],
                 ..Container::default()
             }],

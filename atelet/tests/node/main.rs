@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The node agent over real worker processes that run no sandbox (`stub_ateom.rs`): what it promises about workers,
 //! leases, activation and snapshots. Needs root for control groups and mounts.
+mod gvisor;
 mod machine;
 
 use std::time::Duration;
