@@ -8,7 +8,8 @@
 //!   and one under way owns the creation gate, which the sweep takes first; and the debts of this process's own
 //!   failed creates;
 //! * synthesized templates that no actor uses;
-//! * implicit atespaces that hold nothing.
+//! * implicit atespaces that hold nothing and are younger than [`LEFTOVER`]: an older one has been in use, and goes with
+//!   its workspace.
 //!
 //! A call that timed out may come through after the sweep has looked, so a sweep asked for by a failure is repeated
 //! once after [`LATE`].
@@ -22,10 +23,12 @@ use crate::backoff::Backoff;
 use crate::driver::Driver;
 use crate::failure::Failure;
 use crate::gates::Key;
-use crate::{atespace, create, names};
+use crate::{atespace, create, mirror, names};
 
 /// How long after its deadline a call may still have its effect.
 pub const LATE: Duration = Duration::from_mins(1);
+/// Age up to which an empty atespace is taken for what an interrupted create left.
+pub const LEFTOVER: Duration = Duration::from_mins(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -85,7 +88,9 @@ impl Driver {
                     keep_first(&mut first_failure, self.reap_template(&space.name, &template.name).await);
                 }
             }
-            if atespace::is_ours(&space) && space.labels.contains_key(names::IMPLICIT) {
+            let age = mirror::now_ms().saturating_sub(space.created_ms);
+            let young = age < i64::try_from(LEFTOVER.as_millis()).unwrap_or(i64::MAX);
+            if young && atespace::is_ours(&space) && space.labels.contains_key(names::IMPLICIT) {
                 keep_first(&mut first_failure, self.reap_atespace(&space.name).await);
             }
         }

@@ -166,14 +166,18 @@ async fn a_restarted_driver_takes_back_what_a_crash_left() {
     {
         let mut world = stub.world.lock().unwrap();
         let label = |key: &str| (key.to_owned(), "true".to_owned());
-        world.atespaces.insert(
-            "team-a".to_owned(),
-            ateapi::Atespace {
-                name: "team-a".to_owned(),
-                labels: [label(names::MANAGED), label(names::IMPLICIT)].into(),
-                ..Default::default()
-            },
-        );
+        let now = openshell_driver_substrate::mirror::now_ms();
+        for (name, created_ms) in [("team-a", now), ("left", now), ("old", now - 3_600_000)] {
+            world.atespaces.insert(
+                name.to_owned(),
+                ateapi::Atespace {
+                    name: name.to_owned(),
+                    labels: [label(names::MANAGED), label(names::IMPLICIT)].into(),
+                    created_ms,
+                    ..Default::default()
+                },
+            );
+        }
         for (name, ours) in [("os-crashed", true), ("premade", false)] {
             let labels =
                 if ours { [label(names::MANAGED), label(names::SYNTHESIZED)].into() } else { [].into() };
@@ -210,7 +214,7 @@ async fn a_restarted_driver_takes_back_what_a_crash_left() {
         world.actors.insert("foreign".to_owned(), actor);
     }
     let bench = Bench::with(stub, |_| {}).await;
-    let expected = ["atespace team-a", "template team-a/premade", "actor team-a/foreign"];
+    let expected = ["atespace old", "atespace team-a", "template team-a/premade", "actor team-a/foreign"];
     while bench.stub.inventory() != expected {
         tokio::task::yield_now().await;
     }

@@ -309,8 +309,12 @@ impl Control for Stub {
                     Err(Status::already_exists("atespace exists"))
                 };
             }
-            let atespace =
-                ateapi::Atespace { name: request.name.clone(), labels: request.labels, ..Default::default() };
+            let atespace = ateapi::Atespace {
+                name: request.name.clone(),
+                labels: request.labels,
+                created_ms: openshell_driver_substrate::mirror::now_ms(),
+                ..Default::default()
+            };
             world.atespaces.insert(request.name, atespace.clone());
             Ok(atespace)
         })
