@@ -34,11 +34,11 @@ impl Clock for SystemClock {
     async fn sleep_until(&self, deadline: Duration) {
         // tokio's timers stand still while the machine is suspended, so the remainder is looked at again.
         loop {
-            let now = self.now();
-            if now >= deadline {
+            let left = deadline.saturating_sub(self.now());
+            if left.is_zero() {
                 return;
             }
-            tokio::time::sleep((deadline - now).min(Duration::from_secs(10))).await;
+            tokio::time::sleep(left.min(Duration::from_secs(10))).await;
         }
     }
 }

@@ -191,7 +191,7 @@ mod tests {
     fn policies() {
         let read = |after: &str, pause: &str| {
             let policy = types::IdlePolicy { suspend_after: after.into(), pause_first: pause.into() };
-            Policy::read(&policy, Some(Duration::from_secs(60)))
+            Policy::read(&policy, Some(Duration::from_mins(1)))
         };
         assert_eq!(read("", ""), after(60));
         assert_eq!(read("5s", ""), after(5));

@@ -10,7 +10,7 @@ use substrate_proto::{atelet, types};
 use super::driver::{Booking, PlaceError};
 use super::{CallError, Command, Engine, Link, Verb, lock};
 use crate::model::{Actor, ActorUid, Generation, NodeName, Placement, State, Stored as _, WorkerId};
-use crate::schedule::{Need, NoWorker};
+use crate::schedule::{Need, NoWorker, Pool};
 use crate::store::{Expect, Garbage, Kind, Query, Trim, Tx};
 use crate::workflow::steps::{Killed, hit};
 use crate::workflow::{StepName, When};
@@ -18,7 +18,7 @@ use crate::workflow::{StepName, When};
 /// Stops at once that share the machine in `suspend_all`.
 const STOPS_AT_ONCE: usize = 8;
 /// How often what is beyond its bounds is forgotten.
-const TRIM_EVERY: Duration = Duration::from_secs(60);
+const TRIM_EVERY: Duration = Duration::from_mins(1);
 /// How long request ids are remembered.
 const REQUESTS_KEPT_MS: i64 = 24 * 3_600 * 1_000;
 /// How long garbage waits that could not be deleted.
@@ -108,7 +108,7 @@ impl Engine {
         let held: Vec<(ActorUid, Generation)> = {
             let pool = lock(&self.pool);
             pool.iter()
-                .filter(|worker| pool.would_fit(worker, need))
+                .filter(|worker| Pool::would_fit(worker, need))
                 .filter_map(|worker| worker.record.actor.clone())
                 .collect()
         };
@@ -174,7 +174,7 @@ impl Engine {
                 self.tell(&uid, Command::Wake);
             }
             let wait =
-                next.map_or(Duration::from_secs(3_600), |at| Duration::from_millis((at - now).max(1) as u64));
+                next.map_or(Duration::from_hours(1), |at| Duration::from_millis((at - now).max(1) as u64));
             tokio::select! {
                 () = self.timers_changed.notified() => {}
                 () = self.pause(wait) => {}
@@ -215,7 +215,7 @@ impl Engine {
 
     async fn run_collector(self: Arc<Self>) {
         loop {
-            let left = self.collect(Duration::from_secs(60)).await;
+            let left = self.collect(Duration::from_mins(1)).await;
             if left {
                 tokio::select! {
                     () = self.garbage_added.notified() => {}
@@ -300,7 +300,7 @@ impl Engine {
                         Some(node) if node.is_up() => match node.client.drop_snapshot(request).await {
                             Ok(()) => done.push(id),
                             Err(status) => {
-                                tracing::warn!(node = %node.name, %status, "a node copy was not given up")
+                                tracing::warn!(node = %node.name, %status, "a node copy was not given up");
                             }
                         },
                         Some(_) => {}

@@ -86,11 +86,13 @@ impl CallError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::NoWorker(NoWorker::Full { being_freed: true, .. }) => Some(Duration::from_millis(200)),
-            Self::NoWorker(_) | Self::NodeUnreachable(_) | Self::Stopping => Some(Duration::from_secs(1)),
+            Self::NoWorker(_)
+            | Self::NodeUnreachable(_)
+            | Self::Stopping
+            | Self::Store(StoreError::Io(_)) => Some(Duration::from_secs(1)),
             Self::Overloaded(_) | Self::Store(StoreError::Conflict { .. }) => {
                 Some(Duration::from_millis(100))
             }
-            Self::Store(StoreError::Io(_)) => Some(Duration::from_secs(1)),
             Self::NotStopped { .. } => Some(Duration::from_secs(5)),
             Self::Failed { state: State::Crashed | State::Exited, .. } => None,
             Self::Failed { .. } => Some(Duration::from_millis(500)),

@@ -6,6 +6,7 @@
 //! session's. Lock order: registry, then any other, never two others.
 mod admit;
 mod background;
+mod commit;
 #[cfg(test)]
 mod crash_tests;
 mod create;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::driver::Driver;
+use super::driver::DriverStart;
 use super::{Answer, Call, CallError, Command, Engine, RequestKey, Verb, lock};
 use crate::model::{Actor, ActorKey, ActorUid};
 use crate::store;
@@ -34,7 +34,7 @@ impl Engine {
         // A fresh queue has room.
         let _ = queue.try_send(command);
         drivers.insert(uid.clone(), queue);
-        self.spawn(Driver::new(Arc::clone(self), uid.clone(), inbox).run());
+        self.spawn(DriverStart { engine: Arc::clone(self), uid: uid.clone(), inbox }.run());
         Ok(())
     }
 

@@ -139,11 +139,12 @@ fn image_error(index: usize, reference: &str, fault: Fault) -> CallError {
         },
         Fault::Corrupt { message, .. } => (tonic::Code::DataLoss, message),
         Fault::Refused { message, .. } => (tonic::Code::FailedPrecondition, message),
-        Fault::Unknown(message) | Fault::Stale(message) => (tonic::Code::Unavailable, message),
         Fault::Again { reason, message } if reason == "RESOURCE_EXHAUSTED" => {
             (tonic::Code::ResourceExhausted, message)
         }
-        Fault::Again { message, .. } => (tonic::Code::Unavailable, message),
+        Fault::Unknown(message) | Fault::Stale(message) | Fault::Again { message, .. } => {
+            (tonic::Code::Unavailable, message)
+        }
         Fault::Exited(_) => (tonic::Code::Internal, "the node answered out of place".to_owned()),
     };
     CallError::Node { code, what, message }

@@ -11,10 +11,10 @@ use tonic::{Request, Response, Status};
 use super::{Messages, NodeClient};
 
 /// Deadlines of calls. A call that may be long for good reason has its own.
-const SHORT: Duration = Duration::from_secs(60);
-const ACTIVATE: Duration = Duration::from_secs(15 * 60);
-const CHECKPOINT: Duration = Duration::from_secs(10 * 60);
-const UPLOAD: Duration = Duration::from_secs(60 * 60);
+const SHORT: Duration = Duration::from_mins(1);
+const ACTIVATE: Duration = Duration::from_mins(15);
+const CHECKPOINT: Duration = Duration::from_mins(10);
+const UPLOAD: Duration = Duration::from_hours(1);
 /// Largest message: a template with its files, or a pack list.
 const MAX_MESSAGE: usize = 16 << 20;
 

@@ -3,6 +3,8 @@
 mod convert;
 mod status;
 mod streams;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -97,9 +99,9 @@ impl ControlService {
         convert::actor(&self.engine, answer.actor)
     }
 
-    async fn tagged(&self, answer: Answer) -> Answered<ateapi::Snapshot> {
+    fn tagged(answer: &Answer) -> Response<ateapi::Snapshot> {
         let snapshot = answer.snapshot.as_ref().map(|it| convert::snapshot(&answer.actor, it));
-        Ok(Response::new(snapshot.unwrap_or_default()))
+        Response::new(snapshot.unwrap_or_default())
     }
 
     /// One page of actors that match; the token leads on even when a page is not full.
@@ -524,7 +526,7 @@ impl Control for ControlService {
         model::snapshot_ref("snapshot", &request.snapshot, true).map_err(invalid)?;
         let verb = Verb::Tag { snapshot: request.snapshot, tag: request.tag };
         let answer = self.ask(request.actor.as_ref(), verb, None).await?;
-        self.tagged(answer).await
+        Ok(Self::tagged(&answer))
     }
 
     async fn untag_snapshot(
@@ -535,7 +537,7 @@ impl Control for ControlService {
         model::request_id(&request.request_id).map_err(invalid)?;
         model::tag("tag", &request.tag).map_err(invalid)?;
         let answer = self.ask(request.actor.as_ref(), Verb::Untag { tag: request.tag }, None).await?;
-        self.tagged(answer).await
+        Ok(Self::tagged(&answer))
     }
 
     async fn list_workers(

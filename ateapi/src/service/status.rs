@@ -69,7 +69,9 @@ pub(crate) fn status(error: &CallError) -> Status {
 
 fn code_and_reason(error: &CallError) -> (Code, String) {
     let (code, reason) = match error {
-        CallError::Invalid(_) => (Code::InvalidArgument, "INVALID_FIELD"),
+        CallError::Invalid(_) | CallError::Name(NameError::Malformed(_)) => {
+            (Code::InvalidArgument, "INVALID_FIELD")
+        }
         CallError::NotFound { kind, .. } => {
             return (Code::NotFound, format!("{}_NOT_FOUND", kind.to_uppercase()));
         }
@@ -94,7 +96,6 @@ fn code_and_reason(error: &CallError) -> (Code, String) {
         CallError::Node { code, .. } => (*code, "NODE_REFUSED"),
         CallError::Overloaded(_) => (Code::ResourceExhausted, "TOO_MANY_CALLS"),
         CallError::RequestReused(_) => (Code::InvalidArgument, "REQUEST_ID_REUSED"),
-        CallError::Name(NameError::Malformed(_)) => (Code::InvalidArgument, "INVALID_FIELD"),
         CallError::Name(NameError::Denied(_)) => (Code::PermissionDenied, "NAME_DENIED"),
         CallError::Name(NameError::Full) => (Code::ResourceExhausted, "TOO_MANY_NAMES"),
         CallError::Store(StoreError::Conflict { .. }) => (Code::Aborted, "CONFLICT"),
@@ -107,6 +108,12 @@ fn code_and_reason(error: &CallError) -> (Code, String) {
         CallError::Stopping => (Code::Unavailable, "STOPPING"),
     };
     (code, reason.to_owned())
+}
+
+impl From<CallError> for Status {
+    fn from(error: CallError) -> Self {
+        status(&error)
+    }
 }
 
 #[cfg(test)]
@@ -140,11 +147,5 @@ mod tests {
         let status = status(&full.into());
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert!(status.get_error_details().retry_info().is_some());
-    }
-}
-
-impl From<CallError> for Status {
-    fn from(error: CallError) -> Self {
-        status(&error)
     }
 }

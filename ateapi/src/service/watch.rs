@@ -114,7 +114,8 @@ impl Watcher {
         let mut newer = HashMap::new();
         let wants_snapshots = self.kinds.contains(&Kind::Snapshot);
         for kind in [Kind::Atespace, Kind::Template, Kind::Actor, Kind::Worker] {
-            if !self.kinds.contains(&kind) && !(kind == Kind::Actor && wants_snapshots) {
+            let for_snapshots = kind == Kind::Actor && wants_snapshots;
+            if !self.kinds.contains(&kind) && !for_snapshots {
                 continue;
             }
             let mut query = Query::all(kind);

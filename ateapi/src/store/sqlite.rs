@@ -34,8 +34,11 @@ const READERS: u32 = 4;
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
 
+/// A transaction and who waits for it.
+type Waiting = (Box<Tx>, oneshot::Sender<Result<Committed, StoreError>>);
+
 enum Job {
-    Commit(Box<Tx>, oneshot::Sender<Result<Committed, StoreError>>),
+    Commit(Waiting),
     Trim(Trim, oneshot::Sender<Result<(), StoreError>>),
     Close(oneshot::Sender<()>),
 }
@@ -176,8 +179,8 @@ impl Writer {
             let mut next = Some(job);
             while let Some(job) = next.take() {
                 match job {
-                    Job::Commit(tx, reply) => {
-                        group.push((tx, reply));
+                    Job::Commit(waiting) => {
+                        group.push(waiting);
                         if group.len() < GROUP {
                             next = inbox.try_recv().ok();
                         }
@@ -205,19 +208,18 @@ impl Writer {
         }
     }
 
-    async fn commit(&mut self, group: Vec<(Box<Tx>, oneshot::Sender<Result<Committed, StoreError>>)>) {
+    async fn commit(&mut self, group: Vec<Waiting>) {
         let mut answers = Vec::with_capacity(group.len());
         let mut revision = self.revision;
         let outcome: Result<(), sqlx::Error> = async {
             let mut tx = self.connection.begin_with("BEGIN IMMEDIATE").await?;
             for (wanted, reply) in group {
-                match verify(&mut tx, &wanted).await? {
-                    Err(refused) => answers.push((reply, Err(refused))),
-                    Ok(()) => {
-                        let puts = apply(&mut tx, &mut revision, *wanted).await?;
-                        answers.push((reply, Ok(Committed { puts, revision })));
-                    }
+                if let Err(refused) = verify(&mut tx, &wanted).await? {
+                    answers.push((reply, Err(refused)));
+                    continue;
                 }
+                let puts = apply(&mut tx, &mut revision, *wanted).await?;
+                answers.push((reply, Ok(Committed { puts, revision })));
             }
             sqlx::query("UPDATE meta SET value = ? WHERE key = 'revision'")
                 .bind(revision as i64)
@@ -546,7 +548,7 @@ impl SqliteStore {
 impl Store for SqliteStore {
     async fn commit(&self, tx: Tx) -> Result<Committed, StoreError> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(Job::Commit(Box::new(tx), reply)).await.map_err(|_| closed())?;
+        self.jobs.send(Job::Commit((Box::new(tx), reply))).await.map_err(|_| closed())?;
         answer.await.map_err(|_| StoreError::Io(format!("database {}: a commit failed", self.path)))?
     }
 

@@ -15,11 +15,10 @@ use crate::store::{self, EventQuery, MemoryStore, SharedStore, Store as _};
 use crate::workflow::{FaultPoint, Faults, Injected};
 use crate::{Clock, TokioClock};
 
-/// One fault, at the n-th time a point is reached; and what was reached.
+/// One fault, at the n-th time a point is reached.
 #[derive(Default)]
 pub struct OneFault {
     plan: Mutex<Option<(FaultPoint, usize, Injected)>>,
-    reached: Mutex<Vec<FaultPoint>>,
 }
 
 impl OneFault {
@@ -35,15 +34,10 @@ impl OneFault {
     pub fn is_spent(&self) -> bool {
         self.plan.lock().unwrap().is_none()
     }
-
-    pub fn reached(&self) -> Vec<FaultPoint> {
-        self.reached.lock().unwrap().clone()
-    }
 }
 
 impl Faults for OneFault {
     fn hit(&self, point: FaultPoint) -> Injected {
-        self.reached.lock().unwrap().push(point);
         let mut plan = self.plan.lock().unwrap();
         match plan.take() {
             Some((at, 0, what)) if at == point => what,

@@ -193,10 +193,6 @@ impl StubNode {
         self.lock().snapshots.contains_key(&(uid.to_owned(), id.to_owned()))
     }
 
-    pub fn lose_snapshots(&self) {
-        self.lock().snapshots.clear();
-    }
-
     pub fn purged(&self) -> Vec<String> {
         self.lock().purged.clone()
     }

@@ -82,15 +82,14 @@ where
     let mut tried = 0;
     loop {
         node.reachable().await.map_err(Insist::NodeLost)?;
-        let result = match hit(engine, step, When::Before)? {
-            Some(status) => Err(status),
-            None => {
-                let result = call(Arc::clone(&node.client)).await;
-                match hit(engine, step, When::After)? {
-                    // Done but not known to be done.
-                    Some(_) if tried == 0 => Err(Status::unavailable("injected loss of the answer")),
-                    _ => result,
-                }
+        let result = if let Some(status) = hit(engine, step, When::Before)? {
+            Err(status)
+        } else {
+            let result = call(Arc::clone(&node.client)).await;
+            match hit(engine, step, When::After)? {
+                // Done but not known to be done.
+                Some(_) if tried == 0 => Err(Status::unavailable("injected loss of the answer")),
+                _ => result,
             }
         };
         let status = match result {
@@ -149,14 +148,15 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
     let mut steps = Vec::new();
     let began = engine.clock.now();
     let attempt: Result<atelet::ActivateResponse, Insist> = async {
-        let mut request = request(&engine, &actor, &work.source, work.keep_volumes, assignment.clone())
-            .await
-            .map_err(Insist::Fault)?;
+        let mut request =
+            request(&engine, &actor, work.source.as_ref(), work.keep_volumes, assignment.clone())
+                .await
+                .map_err(Insist::Fault)?;
         if work.source.is_none() {
             for container in request.template.iter().flat_map(|template| &template.containers) {
                 ensure_image(&engine, &node, &actor, &container.image).await?;
             }
-            let elapsed = (engine.clock.now() - began).as_micros() as u64;
+            let elapsed = engine.clock.now().saturating_sub(began).as_micros() as u64;
             steps.push(ateapi::Step { name: "ensure_images".to_owned(), micros: elapsed });
             progress(&engine, &actor, "starting_sandbox", 0);
         } else {
@@ -188,9 +188,10 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
     };
     let event = match failure {
         Fault::Exited(exit) => Event::Exited { generation, exit },
-        fault => {
-            Event::ActivateFailed { generation, failure: activation_failure(&actor, &work.source, fault) }
-        }
+        fault => Event::ActivateFailed {
+            generation,
+            failure: activation_failure(&actor, work.source.as_ref(), fault),
+        },
     };
     let undone = insist(&engine, &node, StepName::UndoActivate, None, |client| {
         let assignment = Some(assignment.clone());
@@ -203,7 +204,7 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
         Ok(()) | Err(Insist::NodeLost(_) | Insist::Fault(Fault::Stale(_))) => {}
         Err(Insist::Fault(fault)) => {
             tracing::warn!(actor = %actor.uid, node = %node.name, ?fault, "ending a failed activation failed");
-            return Ok(lost_unless_released(&engine, &node, assignment, event).await?);
+            return lost_unless_released(&engine, &node, assignment, event).await;
         }
     }
     Ok(Outcome { event, steps })
@@ -232,16 +233,16 @@ async fn lost_unless_released(
     }
 }
 
-fn activation_failure(actor: &Actor, source: &Option<SnapshotId>, fault: Fault) -> Failure {
+fn activation_failure(actor: &Actor, source: Option<&SnapshotId>, fault: Fault) -> Failure {
     let of = |kind, reason: &str, message: String| Failure { kind, reason: reason.to_owned(), message };
     match fault {
         Fault::Corrupt { source: place, message } => {
-            let snapshot = source.as_ref().and_then(|id| actor.snapshot(id));
+            let snapshot = source.and_then(|id| actor.snapshot(id));
             let on_node = snapshot.is_some_and(|it| {
                 it.node.is_some()
                     && it.node.as_ref() == actor.placement.as_ref().map(|placement| &placement.node)
             });
-            let id = source.as_ref().map_or("?", SnapshotId::as_str);
+            let id = source.map_or("?", SnapshotId::as_str);
             let message = format!("snapshot {id}: {message}");
             if on_node && place != "durable" {
                 of(FailureKind::NodeCopy, "SNAPSHOT_CORRUPT", message)
@@ -263,7 +264,7 @@ fn activation_failure(actor: &Actor, source: &Option<SnapshotId>, fault: Fault) 
 async fn request(
     engine: &Engine,
     actor: &Actor,
-    source: &Option<SnapshotId>,
+    source: Option<&SnapshotId>,
     keep_volumes: bool,
     assignment: types::Assignment,
 ) -> Result<atelet::ActivateRequest, Fault> {
@@ -550,7 +551,7 @@ pub(crate) async fn release(engine: Arc<Engine>, actor: Actor, step: StepName) -
         });
         match released.await {
             Ok(()) | Err(Insist::Fault(Fault::Stale(_))) => {
-                let micros = (engine.clock.now() - began).as_micros() as u64;
+                let micros = engine.clock.now().saturating_sub(began).as_micros() as u64;
                 let steps = vec![ateapi::Step { name: "release".to_owned(), micros }];
                 return Ok(Outcome { event: Event::Released { generation }, steps });
             }
@@ -613,14 +614,13 @@ pub(crate) async fn upload(engine: Arc<Engine>, actor: Actor, id: SnapshotId) ->
             last = format!("node {name} is not connected");
             break;
         }
-        let result = match hit(&engine, StepName::Upload, When::Before)? {
-            Some(status) => Err(status),
-            None => {
-                let result = node.client.upload(request.clone()).await;
-                match hit(&engine, StepName::Upload, When::After)? {
-                    Some(status) => Err(status),
-                    None => result,
-                }
+        let result = if let Some(status) = hit(&engine, StepName::Upload, When::Before)? {
+            Err(status)
+        } else {
+            let result = node.client.upload(request.clone()).await;
+            match hit(&engine, StepName::Upload, When::After)? {
+                Some(status) => Err(status),
+                None => result,
             }
         };
         match result {

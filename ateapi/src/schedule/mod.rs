@@ -327,7 +327,7 @@ impl Pool {
     }
 
     /// Whether a worker that is taken would do if it were free.
-    pub fn would_fit(&self, worker: &Worker, need: &Need<'_>) -> bool {
+    pub fn would_fit(worker: &Worker, need: &Need<'_>) -> bool {
         let pool = if need.pool.is_empty() { DEFAULT_POOL } else { need.pool };
         let class = if need.class.is_empty() { "gvisor" } else { need.class };
         worker.record.alive
@@ -422,5 +422,4 @@ impl Pool {
 }
 
 #[cfg(test)]
-#[path = "schedule_tests.rs"]
 mod tests;

@@ -14,213 +14,14 @@
 //! What may end memory is decided here and nowhere else: `last` moves only to a snapshot that is complete (P2), a
 //! placement is given up only with an event that proves that nothing runs there any more (P1), and going back to an
 //! older state always records which and how old (P4). Everything not listed is refused with the way out (P3).
+mod event;
+
+pub use event::{Effect, Event, Failure, FailureKind, Manifest, Refused};
+
 use crate::model::{
-    Actor, CheckpointWork, EventDraft, Exit, Generation, NodeName, Placement, ResumeWork, Snapshot,
-    SnapshotId, State, StopKind, StopWork, UploadWish, Work, WorkerId,
+    Actor, CheckpointWork, EventDraft, Exit, Generation, Placement, ResumeWork, Snapshot, SnapshotId, State,
+    StopKind, StopWork, UploadWish, Work,
 };
-
-/// How an activation failed. Whatever failed, nothing runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FailureKind {
-    /// Worth another try.
-    Again,
-    /// It will not work as it is.
-    ForGood,
-    /// The node's copy of the snapshot is missing or corrupt.
-    NodeCopy,
-}
-
-/// Why an activation failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// What it means.
-    pub kind: FailureKind,
-    /// UPPER_SNAKE.
-    pub reason: String,
-    /// For people.
-    pub message: String,
-}
-
-/// A snapshot's durable half.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Manifest {
-    /// Its digest.
-    pub digest: String,
-    /// Packs it names.
-    pub packs: Vec<String>,
-    /// Bytes of the snapshot.
-    pub bytes: u64,
-    /// Newly written bytes.
-    pub stored_bytes: u64,
-}
-
-/// What happens to an actor.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// A worker was found to bring its latest state up on.
-    Resume {
-        /// The worker.
-        placement: Placement,
-        /// Who asked.
-        cause: String,
-    },
-    /// A worker was found to boot it afresh on, volumes kept.
-    Reset {
-        /// The worker.
-        placement: Placement,
-    },
-    /// It runs and answers.
-    Activated {
-        /// Of the assignment.
-        generation: Generation,
-        /// Where the router enters.
-        ingress_endpoint: String,
-    },
-    /// It does not, and nothing of it runs.
-    ActivateFailed {
-        /// Of the assignment.
-        generation: Generation,
-        /// Why.
-        failure: Failure,
-    },
-    /// Suspend or pause.
-    Stop {
-        /// Which.
-        kind: StopKind,
-        /// Id of the snapshot to be made.
-        snapshot: SnapshotId,
-        /// Who asked.
-        by: String,
-        /// Refuse when it is busy.
-        only_if_idle: bool,
-        /// Grace of requests in flight, ms.
-        drain_ms: u32,
-        /// A pause is promoted after this much more, ms; 0: never.
-        promote_after_ms: u64,
-    },
-    /// A checkpoint that keeps it running.
-    Checkpoint {
-        /// Id of the snapshot to be made.
-        snapshot: SnapshotId,
-        /// Whether it is uploaded.
-        durable: bool,
-    },
-    /// The node snapshot is complete and fsynced.
-    Snapshotted {
-        /// Of the assignment.
-        generation: Generation,
-        /// The snapshot.
-        snapshot: Box<Snapshot>,
-    },
-    /// Refused before the sandbox was touched.
-    CheckpointRefused {
-        /// Of the assignment.
-        generation: Generation,
-        /// UPPER_SNAKE.
-        reason: String,
-        /// For people.
-        message: String,
-    },
-    /// There is no snapshot and the sandbox is gone.
-    CheckpointFailed {
-        /// Of the assignment.
-        generation: Generation,
-        /// For people.
-        message: String,
-    },
-    /// A checkpoint of a running actor failed and it runs on.
-    CheckpointAbandoned {
-        /// Of the assignment.
-        generation: Generation,
-        /// For people.
-        message: String,
-    },
-    /// The worker is free: its cgroup is empty.
-    Released {
-        /// Of the assignment.
-        generation: Generation,
-    },
-    /// Pack and manifest are durable.
-    Uploaded {
-        /// Which.
-        snapshot: SnapshotId,
-        /// The manifest.
-        manifest: Manifest,
-    },
-    /// They are not; it is tried again.
-    UploadFailed {
-        /// Which.
-        snapshot: SnapshotId,
-        /// For people.
-        message: String,
-        /// Unix time, ms, before which it is not tried again.
-        not_before_ms: i64,
-    },
-    /// A pause becomes durable.
-    Promote,
-    /// An earlier snapshot becomes the latest.
-    Revert {
-        /// Which.
-        snapshot: SnapshotId,
-    },
-    /// The worker died and is fenced, or its lease ran out with the margin.
-    WorkerLost {
-        /// Of the assignment.
-        generation: Generation,
-        /// For people.
-        message: String,
-    },
-    /// The workload ended by itself; the slot is free.
-    Exited {
-        /// Of the assignment.
-        generation: Generation,
-        /// How.
-        exit: Exit,
-    },
-    /// A node's copy of a snapshot is gone.
-    NodeCopyLost {
-        /// Which.
-        snapshot: SnapshotId,
-        /// For people.
-        message: String,
-    },
-    /// Remove it.
-    Delete,
-    /// Nothing of it is left.
-    Deleted,
-}
-
-/// What has to be done besides writing the new record.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Effect {
-    /// Record an event.
-    Record(EventDraft),
-    /// The worker's assignment ended: nothing of this generation runs there.
-    Free {
-        /// The slot.
-        worker: WorkerId,
-        /// Its node.
-        node: NodeName,
-        /// The generation that ended.
-        generation: Generation,
-    },
-    /// Remove the record.
-    Remove,
-}
-
-/// An event that its state does not know.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct Refused {
-    /// UPPER_SNAKE.
-    pub reason: &'static str,
-    /// The state that refused.
-    pub state: State,
-    /// For people.
-    pub message: String,
-    /// What leads on.
-    pub way_out: &'static str,
-}
 
 /// What leads out of a state.
 pub fn way_out(state: State) -> &'static str {
@@ -345,35 +146,27 @@ impl Step<'_> {
     fn fall_back(&mut self, reason: &str, message: &str) {
         self.next.work = None;
         self.free();
-        match self.next.last_snapshot().cloned() {
-            Some(last) => {
-                let age_ms = (self.at_ms - last.time_ms).max(0);
-                let state = rest_state(Some(&last)).unwrap_or(State::Crashed);
-                self.enter(state, reason, message);
-                let mut event = draft(
-                    &self.next,
-                    self.at_ms,
-                    "RolledBack",
-                    format!(
-                        "back to snapshot {} ({}, {}.{:03} s old): {message}",
-                        last.id,
-                        last.cause,
-                        age_ms / 1_000,
-                        age_ms % 1_000
-                    ),
-                    true,
-                );
-                event.metadata.insert("snapshot".to_owned(), last.id.0.clone());
-                event.metadata.insert("age_ms".to_owned(), age_ms.to_string());
-                event.metadata.insert("cause".to_owned(), reason.to_owned());
-                self.effects.push(Effect::Record(event));
-            }
-            None => {
-                let message = format!("{message}; there was no snapshot to go back to");
-                self.enter(State::Crashed, reason, &message);
-                self.record("Crashed", message, true);
-            }
-        }
+        let Some(last) = self.next.last_snapshot().cloned() else {
+            let message = format!("{message}; there was no snapshot to go back to");
+            self.enter(State::Crashed, reason, &message);
+            self.record("Crashed", message, true);
+            return;
+        };
+        let age_ms = (self.at_ms - last.time_ms).max(0);
+        let state = rest_state(Some(&last)).unwrap_or(State::Crashed);
+        self.enter(state, reason, message);
+        let said = format!(
+            "back to snapshot {} ({}, {}.{:03} s old): {message}",
+            last.id,
+            last.cause,
+            age_ms / 1_000,
+            age_ms % 1_000
+        );
+        let mut event = draft(&self.next, self.at_ms, "RolledBack", said, true);
+        event.metadata.insert("snapshot".to_owned(), last.id.0.clone());
+        event.metadata.insert("age_ms".to_owned(), age_ms.to_string());
+        event.metadata.insert("cause".to_owned(), reason.to_owned());
+        self.effects.push(Effect::Record(event));
     }
 
     fn apply(&mut self, event: Event) -> Result<(), Refused> {
@@ -383,10 +176,14 @@ impl Step<'_> {
         let state = self.before.state;
         match event {
             Event::Resume { placement, cause } => match state {
-                New | Suspended | Paused => self.resume(placement, cause),
+                New | Suspended | Paused => {
+                    self.resume(placement, cause);
+                    Ok(())
+                }
                 // The node snapshot is good and its worker free: the upload goes on beside it.
                 Suspending if self.stop_is_taken() && self.before.placement.is_none() => {
-                    self.resume(placement, cause)
+                    self.resume(placement, cause);
+                    Ok(())
                 }
                 Suspending => Err(self.refuse("its snapshot is not complete yet")),
                 Running | Resuming | Pausing | Exited | Crashed | Deleting => {
@@ -628,7 +425,7 @@ impl Step<'_> {
         matches!(&self.next.work, Some(Work::Stop(work)) if work.taken && work.snapshot == *snapshot)
     }
 
-    fn resume(&mut self, placement: Placement, cause: String) -> Result<(), Refused> {
+    fn resume(&mut self, placement: Placement, cause: String) {
         self.assign(placement);
         self.next.work = Some(Work::Resume(ResumeWork {
             source: self.next.last.clone(),
@@ -637,7 +434,6 @@ impl Step<'_> {
             cause,
         }));
         self.enter(State::Resuming, "", "");
-        Ok(())
     }
 
     fn activate_failed(&mut self, failure: &Failure) {
@@ -754,13 +550,12 @@ impl Step<'_> {
                 };
                 self.activate_failed(&failure);
             }
-            State::Running => self.fall_back("WORKER_LOST", message),
             // The snapshot is good: the worker's death only frees it.
             State::Suspending | State::Pausing if self.stop_is_taken() => {
                 self.free();
                 self.settle_stop();
             }
-            State::Suspending | State::Pausing => self.fall_back("WORKER_LOST", message),
+            State::Running | State::Suspending | State::Pausing => self.fall_back("WORKER_LOST", message),
             State::Deleting => self.free(),
             _ => return Err(self.refuse("it holds no worker")),
         }
@@ -810,5 +605,4 @@ impl Step<'_> {
 }
 
 #[cfg(test)]
-#[path = "state_tests.rs"]
 mod tests;
