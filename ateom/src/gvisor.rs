@@ -382,8 +382,8 @@ impl Sandbox for GvisorSandbox {
         self.start_process(request, streams).await
     }
 
-    async fn exited(&self) -> Result<ExitStatus, RuntimeError> {
-        let (index, container) = self.container("")?;
+    async fn exited(&self, container: &str) -> Result<ExitStatus, RuntimeError> {
+        let (index, container) = self.container(container)?;
         self.wait_container(&bundle::container_id(index, &container.name), &container.name).await
     }
 

@@ -164,8 +164,8 @@ pub trait Sandbox: Send + Sync + 'static {
     /// Starts a process in a container.
     async fn exec(&self, request: ExecRequest, streams: Streams) -> Result<ExecProcess, RuntimeError>;
 
-    /// Returns when the main container has ended by itself. Call after `boot` or `restore`.
-    async fn exited(&self) -> Result<ExitStatus, RuntimeError>;
+    /// Returns when a container (empty: the main one) has ended by itself. Call after `boot` or `restore`.
+    async fn exited(&self, container: &str) -> Result<ExitStatus, RuntimeError>;
 
     /// Returns, with a reason for people, when the sandbox itself is dead.
     async fn died(&self) -> String;

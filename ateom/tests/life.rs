@@ -223,6 +223,22 @@ async fn several_containers_share_one_sandbox_and_come_back_together() {
     println!("wake 2: {}", steps(&restored.steps));
     assert_eq!(worker.count(&who).0, 2);
     worker.dial(&who, 9090).unwrap();
+
+    // The end of one that is not the main container is told, and not the actor's.
+    let mut events = worker.client.watch(WatchRequest {}).await.unwrap().into_inner();
+    let end = substrate_proto::types::ExecStart { container: "side".into(), ..sh("kill -9 1") };
+    worker.exec(&who, end, b"").await;
+    let told = tokio::time::timeout(Duration::from_secs(10), async {
+        loop {
+            if let Some(slot_event::Event::Notice(notice)) = events.message().await.unwrap().unwrap().event {
+                return notice;
+            }
+        }
+    });
+    let notice = told.await.unwrap();
+    assert!(notice.reason == "CONTAINER_EXITED" && notice.message.contains("side"), "{notice:?}");
+    drop(events);
+    assert_eq!(worker.count(&who).0, 3);
     worker.terminate(&who).await.unwrap();
     worker.shutdown().await;
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use substrate_proto::ateom::{
     CheckpointRequest, CheckpointResponse, EgressCidr, SandboxSpec, StepTime, checkpoint_request, slot_event,
 };
-use substrate_proto::types::{Hook, Hooks};
+use substrate_proto::types::{ExitStatus, Hook, Hooks};
 use tokio::sync::{Mutex, broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -201,7 +201,7 @@ impl StartWork {
         };
         let verb = if request.snapshot.is_some() { "restore" } else { "boot" };
         up.map_err(|error| SlotError::StartFailed(format!("cannot {verb} the actor: {error}")))?;
-        self.watch_exit();
+        self.watch_exits(spec);
         if let Some(snapshot) = &request.snapshot
             && let Some(hook) = hook_of(spec, |hooks| &hooks.after_restore)
             && let Err(why) = steps.time("hook", run_hook(&*self.sandbox, hook)).await
@@ -222,26 +222,35 @@ impl StartWork {
         Ok(steps.take())
     }
 
-    fn watch_exit(&self) {
-        let (sandbox, internal, number) = (Arc::clone(&self.sandbox), self.internal.clone(), self.number);
-        let cancel = self.cancel.clone();
-        tokio::spawn(async move {
-            let exited = async {
+    /// The main container's end is the actor's; another's is told.
+    fn watch_exits(&self, spec: &SandboxSpec) {
+        for (index, container) in spec.containers.iter().enumerate() {
+            let (sandbox, internal, number) = (Arc::clone(&self.sandbox), self.internal.clone(), self.number);
+            let (cancel, events, name) = (self.cancel.clone(), self.events.clone(), container.name.clone());
+            let exited = async move {
                 loop {
-                    match sandbox.exited().await {
+                    match sandbox.exited(&name).await {
                         Ok(exit) => return exit,
                         // Mostly the sandbox is going down, and whoever watches it says why.
-                        Err(error) => tracing::debug!(%error, "cannot wait for the workload"),
+                        Err(error) => tracing::debug!(%error, "cannot wait for a container"),
                     }
                     tokio::time::sleep(WAIT_AGAIN).await;
                 }
             };
-            tokio::select! {
-                // The slot's task outlives its work.
-                exit = exited => drop(internal.send(Internal::Exited(number, exit)).await),
-                () = cancel.cancelled() => {}
-            }
-        });
+            tokio::spawn(async move {
+                tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => {}
+                    // The slot's task outlives its work.
+                    exit = exited => if index == 0 {
+                        drop(internal.send(Internal::Exited(number, exit)).await);
+                    } else {
+                        let ExitStatus { container, code, .. } = exit;
+                        notify(&events, "CONTAINER_EXITED", format!("container {container} ended with code {code}"));
+                    },
+                }
+            });
+        }
     }
 }
 
