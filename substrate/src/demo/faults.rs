@@ -3,14 +3,11 @@
 //!
 //! The template says `checkpoint: {onReply: sync, durability: node}`: an answer is out only when a checkpoint that
 //! began after it is committed. So whatever dies then, the next request finds every answered turn. The request in
-//! flight may fail, clearly.
+//! flight fails clearly, and may be asked again.
 use std::time::{Duration, Instant};
 
-use http_body_util::BodyExt as _;
-use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use substrate_proto::ateapi as api;
-use tokio::net::TcpStream;
 
 use super::beats::{Played, facts, number, text};
 use super::gateway::WORKSPACE;
@@ -18,6 +15,7 @@ use super::processes::{kill_group, worker_cgroup};
 use super::report::{Miss, Report, expect};
 use super::world::World;
 use crate::failure::{Doing as _, Failure};
+use crate::http::Answer;
 
 /// Longest pause between two of bob's ticks that is none: ticks come each 100 ms, and each of his own replies is
 /// followed by a checkpoint.
@@ -76,7 +74,7 @@ async fn one_kill(
     let worker = world.worker(&actor.worker_id).await?;
     let group = worker_cgroup(worker.pid, &worker.id)?;
     let known = world.events("alice").await?.last().map_or(0, |event| event.revision);
-    let in_flight = InFlight::open(world).await?;
+    let in_flight = InFlight::send(world)?;
     let answer = world.chat("alice", fact).await?;
     // The answer is here: now.
     match victim {
@@ -131,7 +129,9 @@ async fn one_kill(
     };
     expect(told.metadata.contains_key("age_ms"), "the snapshot's age in the event", &told.message)?;
     report.command(&format!("substrate -a {WORKSPACE} events --actor alice"))?;
-    let open_request = in_flight.end().await;
+    let open_request = in_flight.end().await?;
+    // It may be asked again.
+    world.json("alice", "GET", "/slow?ms=10", None).await?;
     until_back(world, &worker.id).await?;
     report.detail(&format!(
         "{} → {}, answered {recovery_ms} ms after the kill; event: {}; request in flight: {open_request}",
@@ -160,49 +160,34 @@ async fn until_back(world: &mut World, id: &str) -> Result<(), Miss> {
     Err(Failure::general("the control plane closed the watch").into())
 }
 
-/// A stream from alice that is open when her worker dies.
+/// A request that alice has not answered when her worker dies.
 struct InFlight {
-    task: tokio::task::JoinHandle<String>,
+    task: tokio::task::JoinHandle<Result<Answer, Failure>>,
 }
 
 impl InFlight {
-    /// Returns when the first bytes of the reply are here.
-    async fn open(world: &World) -> Result<Self, Miss> {
-        let request = world.request("alice", "GET", "/stream?seconds=60", None)?;
-        let stream = TcpStream::connect(world.info.ingress)
-            .await
-            .doing(|| "cannot connect to the router".to_owned())?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .doing(|| "cannot speak HTTP to the router".to_owned())?;
-        let connection = tokio::spawn(connection);
-        let response = sender.send_request(request).await.doing(|| "GET /stream at alice".to_owned())?;
-        expect(response.status() == 200, "a stream from alice", response.status())?;
-        let mut body = response.into_body();
-        let first = body.frame().await;
-        expect(matches!(first, Some(Ok(_))), "a first line of the stream", format!("{first:?}"))?;
-        let task = tokio::spawn(async move {
-            let mut frames = 1_u32;
-            let end = loop {
-                match body.frame().await {
-                    Some(Ok(_)) => frames += 1,
-                    Some(Err(error)) => break format!("broken off after {frames} lines ({error})"),
-                    None => break format!("ended after {frames} lines"),
-                }
-            };
-            drop(sender);
-            connection.abort();
-            end
-        });
+    /// Sends it. That it has reached her by the time of the kill shows in how it ends: what never reached an actor is
+    /// sent again by the router and would wait for its answer on the new copy.
+    fn send(world: &World) -> Result<Self, Miss> {
+        let request = world.request("alice", "GET", "/slow?ms=120000", None)?;
+        let ingress = world.info.ingress;
+        let task = tokio::spawn(crate::http::send(ingress, request, Duration::from_mins(2)));
         Ok(Self { task })
     }
 
-    /// How it ended.
-    async fn end(self) -> String {
-        match tokio::time::timeout(Duration::from_secs(30), self.task).await {
-            Ok(Ok(end)) => end,
-            Ok(Err(error)) => format!("its task failed: {error}"),
-            Err(_) => "still open 30 s later".to_owned(),
+    /// How it ended: with a clear failure, soon.
+    async fn end(self) -> Result<String, Miss> {
+        let expected = "502 for the request that was in flight";
+        let ended = tokio::time::timeout(Duration::from_secs(20), self.task).await;
+        match ended {
+            Ok(Ok(Ok(answer))) => {
+                let said = format!("{}: {}", answer.status, answer.text().trim());
+                expect(answer.status == 502, expected, &said)?;
+                Ok(said)
+            }
+            Ok(Ok(Err(failure))) => Err(Miss { expected: expected.to_owned(), seen: failure.message }),
+            Ok(Err(error)) => Err(Miss { expected: expected.to_owned(), seen: error.to_string() }),
+            Err(_) => Err(Miss { expected: expected.to_owned(), seen: "nothing for 20 s".to_owned() }),
         }
     }
 }

@@ -253,6 +253,7 @@ impl World {
         self.internet.stop().await;
         if let Some(scratch) = self.scratch.take() {
             let path = scratch.path().to_owned();
+            unmount_below(&path);
             if let Err(error) = scratch.close() {
                 eprintln!("substrate: cannot remove {}: {error}", path.display());
             }
@@ -266,7 +267,7 @@ impl World {
         let socket = self.info.api_socket.display().to_string();
         let text = format!(
             "kept: substrate --socket {socket} -a {WORKSPACE} get actors\n\
-             end:  kill {pid}; ip netns del {}; rm -r {}",
+             end:  kill {pid}; ip netns pids {0} | xargs kill; ip netns del {0}; rm -r {1}",
             self.internet.name(),
             path.display()
         );
@@ -413,6 +414,20 @@ async fn end_up(up: &mut Child, dir: &Path) {
         eprintln!("substrate: ending what is left of the demo: {pid} {command}");
         if let Err(error) = kill(Pid::from_raw(*pid), Signal::SIGKILL) {
             eprintln!("substrate: cannot end it: {error}");
+        }
+    }
+}
+
+/// What a machine that did not end in order left mounted.
+fn unmount_below(dir: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let below = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .filter(|place| Path::new(place).starts_with(dir));
+    for place in below.collect::<Vec<_>>().into_iter().rev() {
+        if let Err(error) = nix::mount::umount2(place, nix::mount::MntFlags::MNT_DETACH) {
+            eprintln!("substrate: cannot unmount {place}: {error}");
         }
     }
 }

@@ -274,9 +274,35 @@ fn egress_config(settings: &Settings, api: &str) -> atenet::egress::Config {
 /// # Errors
 /// When one does not end.
 pub async fn stop_workers(settings: &Settings, ateom: PathBuf) -> Result<(), Failure> {
-    atelet::stop_workers(&node_config(settings, None, ateom))
-        .await
-        .doing(|| "cannot end the workers".to_owned())
+    let config = node_config(settings, None, ateom);
+    atelet::stop_workers(&config).await.doing(|| "cannot end the workers".to_owned())?;
+    let mounts =
+        std::fs::read_to_string("/proc/self/mounts").doing(|| "cannot read the mounts".to_owned())?;
+    for group in groups(&mounts, &config.cgroup) {
+        match std::fs::remove_dir(&group) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(group = %group.display(), %error, "cannot remove the workers' parent group")
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A control group in every hierarchy there is (proc(5), `/proc/self/mounts`).
+fn groups(mounts: &str, name: &str) -> Vec<PathBuf> {
+    let mut groups: Vec<PathBuf> = mounts
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ').skip(1);
+            let (place, kind) = (words.next()?, words.next()?);
+            matches!(kind, "cgroup" | "cgroup2").then(|| Path::new(place).join(name))
+        })
+        .collect();
+    groups.sort();
+    groups.dedup();
+    groups
 }
 
 #[cfg(test)]
@@ -324,6 +350,22 @@ mod tests {
         assert_eq!(parts.tasks.len(), 1, "only the control plane runs");
         parts.stop().await;
         assert!(parts.tasks.is_empty());
+    }
+
+    #[test]
+    fn the_parent_group_is_looked_for_in_every_hierarchy() {
+        let mounts = "cgroup /sys/fs/cgroup/pids cgroup rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n\
+                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        let expected = ["/sys/fs/cgroup/pids/substrate-a", "/sys/fs/cgroup/unified/substrate-a"];
+        assert_eq!(groups(mounts, "substrate-a"), expected.map(PathBuf::from));
+    }
+
+    #[test]
+    fn the_parent_group_is_looked_for_in_every_hierarchy() {
+        let mounts = "cgroup /sys/fs/cgroup/pids cgroup rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n\
+                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        let expected = ["/sys/fs/cgroup/pids/substrate-a", "/sys/fs/cgroup/unified/substrate-a"];
+        assert_eq!(groups(mounts, "substrate-a"), expected.map(PathBuf::from));
     }
 
     #[test]
