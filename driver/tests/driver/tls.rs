@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The connection to the control plane over real TCP and TLS: who is believed, who is let in, and that replaced keys
 //! and tokens are taken up.
-mod stub;
-
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -11,12 +9,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
+use crate::stub::Stub;
 use openshell_driver_substrate::Config;
 use openshell_driver_substrate::control::Control;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use stub::Stub;
 use substrate_proto::ateapi::control_server::ControlServer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};

@@ -1,29 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A control plane in memory, for the driver's tests: enough of `ateapi.v1.Control` to carry sandboxes through their
 //! life, with a fault at any call.
-// Each test file uses a part of it.
-#![allow(dead_code, clippy::assigning_clones)]
+#![allow(clippy::assigning_clones)]
+
+mod bench;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _, stream};
-use openshell_driver_substrate::{Config, driver_config, names};
-use substrate_proto::ateapi::control_server::{Control, ControlServer};
+use openshell_driver_substrate::names;
+use substrate_proto::ateapi::control_server::Control;
 use substrate_proto::ateapi::watch_response::Change;
 use substrate_proto::ateapi::{self, Actor, ActorState, Snapshot};
-use substrate_proto::compute::compute_driver_client::ComputeDriverClient;
-use substrate_proto::compute::{self, DriverSandbox, DriverSandboxSpec, DriverSandboxTemplate};
-use substrate_proto::seam::{self, Peers};
 use substrate_proto::types;
-use tokio::sync::{broadcast, oneshot};
+use tokio::sync::{broadcast, watch};
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Server};
 use tonic::{Code, Request, Response, Status};
+
+pub use bench::{Bench, phase, sandbox, template, with_config};
 
 /// What a call does instead of its work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +66,7 @@ pub struct Stub {
     changes: broadcast::Sender<ateapi::WatchResponse>,
     pub boot: Arc<Mutex<Boot>>,
     cut: Arc<Mutex<CancellationToken>>,
+    served: watch::Sender<u64>,
 }
 
 impl Stub {
@@ -77,6 +76,7 @@ impl Stub {
             changes: broadcast::channel(1024).0,
             boot: Arc::new(Mutex::new(Boot::Runs)),
             cut: Arc::default(),
+            served: watch::Sender::new(0),
         }
     }
 
@@ -107,6 +107,15 @@ impl Stub {
 
     pub fn calls(&self, method: &str) -> usize {
         self.world.lock().unwrap().calls.iter().filter(|call| **call == method).count()
+    }
+
+    /// Waits until that is so; looked at after each call that was served.
+    pub async fn until(&self, so: impl Fn(&Self) -> bool) {
+        let mut served = self.served.subscribe();
+        while !so(self) {
+            let more = tokio::time::timeout(Duration::from_mins(1), served.changed()).await;
+            more.expect("it becomes so in time").expect("the stub lives");
+        }
     }
 
     /// Ends all watches, as a restart of the control plane would.
@@ -218,14 +227,16 @@ impl Stub {
             };
             counted.or_else(|| world.faults.get_mut(method).and_then(VecDeque::pop_front))
         };
-        match fault {
+        let answer = match fault {
             Some(Fault::Before(code)) => Err(Status::new(code, format!("injected before {method}"))),
             Some(Fault::After(code)) => {
                 drop(work(self));
                 Err(Status::new(code, format!("injected after {method}")))
             }
             None => work(self).map(Response::new),
-        }
+        };
+        self.served.send_modify(|served| *served += 1);
+        answer
     }
 
     fn start(&self, uid: &str) -> Result<Actor, Status> {
@@ -723,188 +734,5 @@ impl Control for Stub {
         _: Request<ateapi::SuspendAllRequest>,
     ) -> Result<Response<ateapi::SuspendAllResponse>, Status> {
         unused()
-    }
-}
-
-/// A stub, a driver on it, and a client of the driver.
-pub struct Bench {
-    pub stub: Stub,
-    pub config: Config,
-    pub client: ComputeDriverClient<Channel>,
-    dir: tempfile::TempDir,
-    api: Option<(CancellationToken, tokio::task::JoinHandle<()>)>,
-    driver: Option<(CancellationToken, tokio::task::JoinHandle<()>)>,
-}
-
-impl Bench {
-    pub async fn start() -> Self {
-        Self::with(Stub::new(), |_| {}).await
-    }
-
-    pub async fn with(stub: Stub, change: impl FnOnce(&mut Config)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut config = Config {
-            socket_path: dir.path().join("driver/driver.sock"),
-            api_endpoint: format!("unix:{}", dir.path().join("api/ateapi.sock").display()),
-            ..Config::default()
-        };
-        change(&mut config);
-        let client = connect(&config.socket_path);
-        let mut bench = Self { stub, config, client, dir, api: None, driver: None };
-        bench.start_api();
-        bench.start_driver().await;
-        bench
-    }
-
-    pub fn start_api(&mut self) {
-        let incoming =
-            seam::listen(Path::new(&self.config.api_endpoint["unix:".len()..]), Peers::default()).unwrap();
-        let quit = CancellationToken::new();
-        let server = Server::builder()
-            .add_service(ControlServer::new(self.stub.clone()))
-            .serve_with_incoming_shutdown(incoming, quit.clone().cancelled_owned());
-        let task = tokio::spawn(async move { server.await.unwrap() });
-        self.api = Some((quit, task));
-    }
-
-    pub async fn stop_api(&mut self) {
-        let (quit, mut task) = self.api.take().unwrap();
-        quit.cancel();
-        // A watch that was opened in the last moment has to be cut as well before the server ends.
-        loop {
-            self.stub.cut_watches();
-            if tokio::time::timeout(Duration::from_millis(20), &mut task).await.is_ok() {
-                return;
-            }
-        }
-    }
-
-    pub async fn start_driver(&mut self) {
-        let quit = CancellationToken::new();
-        let (ready, is_ready) = oneshot::channel();
-        let serving = openshell_driver_substrate::serve(self.config.clone(), ready, quit.clone());
-        let task = tokio::spawn(async move { serving.await.unwrap() });
-        is_ready.await.unwrap();
-        self.driver = Some((quit, task));
-    }
-
-    pub async fn stop_driver(&mut self) {
-        let (quit, task) = self.driver.take().unwrap();
-        quit.cancel();
-        task.await.unwrap();
-    }
-
-    pub async fn create(&mut self, sandbox: DriverSandbox) -> Result<(), Status> {
-        let request = compute::CreateSandboxRequest { sandbox: Some(sandbox) };
-        self.client.create_sandbox(request).await.map(drop)
-    }
-
-    pub async fn validate(&mut self, sandbox: DriverSandbox) -> Result<(), Status> {
-        let request = compute::ValidateSandboxCreateRequest { sandbox: Some(sandbox) };
-        self.client.validate_sandbox_create(request).await.map(drop)
-    }
-
-    pub async fn get(&mut self, id: &str) -> Result<DriverSandbox, Status> {
-        let request = compute::GetSandboxRequest { sandbox_id: id.to_owned(), ..Default::default() };
-        self.client.get_sandbox(request).await.map(|answer| answer.into_inner().sandbox.unwrap())
-    }
-
-    pub async fn list(&mut self) -> Result<Vec<DriverSandbox>, Status> {
-        let answer = self.client.list_sandboxes(compute::ListSandboxesRequest {}).await?;
-        Ok(answer.into_inner().sandboxes)
-    }
-
-    pub async fn stop(&mut self, id: &str) -> Result<(), Status> {
-        let request = compute::StopSandboxRequest { sandbox_id: id.to_owned(), ..Default::default() };
-        self.client.stop_sandbox(request).await.map(drop)
-    }
-
-    pub async fn start_sandbox(&mut self, id: &str) -> Result<(), Status> {
-        let request = compute::StartSandboxRequest { sandbox_id: id.to_owned(), ..Default::default() };
-        self.client.start_sandbox(request).await.map(drop)
-    }
-
-    pub async fn delete(&mut self, id: &str) -> Result<bool, Status> {
-        let request = compute::DeleteSandboxRequest { sandbox_id: id.to_owned(), ..Default::default() };
-        self.client.delete_sandbox(request).await.map(|answer| answer.into_inner().deleted)
-    }
-
-    pub async fn watch(&mut self) -> Result<tonic::Streaming<compute::WatchSandboxesEvent>, Status> {
-        let answer = self.client.watch_sandboxes(compute::WatchSandboxesRequest {}).await?;
-        Ok(answer.into_inner())
-    }
-}
-
-pub fn connect(socket: &Path) -> ComputeDriverClient<Channel> {
-    let socket: PathBuf = socket.to_owned();
-    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-        let socket = socket.clone();
-        async move { tokio::net::UnixStream::connect(socket).await.map(hyper_util::rt::TokioIo::new) }
-    });
-    let channel =
-        tonic::transport::Endpoint::from_static("http://driver").connect_with_connector_lazy(connector);
-    ComputeDriverClient::new(channel)
-}
-
-/// A sandbox as the gateway would ask for it.
-pub fn sandbox(id: &str, name: &str) -> DriverSandbox {
-    DriverSandbox {
-        id: id.to_owned(),
-        name: name.to_owned(),
-        workspace: "team-a".to_owned(),
-        spec: Some(DriverSandboxSpec {
-            command: vec!["/bin/agent".to_owned()],
-            sandbox_token: "header.e30.signature".to_owned(),
-            template: Some(DriverSandboxTemplate {
-                image: "registry.example/agent:1".to_owned(),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
-}
-
-pub fn template(sandbox: &mut DriverSandbox) -> &mut DriverSandboxTemplate {
-    sandbox.spec.as_mut().unwrap().template.as_mut().unwrap()
-}
-
-pub fn with_config(mut sandbox: DriverSandbox, config: &serde_json::Value) -> DriverSandbox {
-    template(&mut sandbox).driver_config = Some(driver_config::json_to_struct(config));
-    sandbox
-}
-
-/// The phase the gateway would derive (`derive_phase` of its compute module).
-pub fn phase(sandbox: &DriverSandbox) -> &'static str {
-    const TRANSIENT: [&str; 8] = [
-        "reconcilererror",
-        "dependenciesnotready",
-        "supervisornotconnected",
-        "starting",
-        "containerstarting",
-        "containercreated",
-        "healthcheckstarting",
-        "inspectfailed",
-    ];
-    let Some(status) = &sandbox.status else { return "unknown" };
-    if status.deleting {
-        return "deleting";
-    }
-    let is_true = |kind: &str| {
-        status
-            .conditions
-            .iter()
-            .any(|it| it.r#type.eq_ignore_ascii_case(kind) && it.status.eq_ignore_ascii_case("true"))
-    };
-    if is_true("Suspended") {
-        return "stopped";
-    }
-    let Some(ready) = status.conditions.iter().find(|it| it.r#type == "Ready") else {
-        return "provisioning";
-    };
-    match ready.status.to_ascii_lowercase().as_str() {
-        "true" => "ready",
-        "false" if !TRANSIENT.contains(&ready.reason.to_ascii_lowercase().as_str()) => "error",
-        _ => "provisioning",
     }
 }

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Stopping, starting, deleting, looking; and what the gateway is told meanwhile.
-mod stub;
-
 use std::time::Duration;
 
+use crate::stub::{Bench, Boot, Fault, Stub, phase, sandbox, template};
 use openshell_driver_substrate::names;
-use stub::{Bench, Boot, Fault, Stub, phase, sandbox, template};
 use substrate_proto::ateapi::{Actor, ActorState};
 use substrate_proto::compute;
 use tonic::Code;
@@ -134,6 +132,17 @@ async fn an_exit_is_an_error_with_its_code_and_neither_stops_nor_starts() {
 }
 
 #[tokio::test]
+async fn a_boot_that_cannot_succeed_is_an_error_at_once() {
+    let mut bench = Bench::start().await;
+    bench.stub.boot(Boot::Crashes);
+    bench.create(sandbox(ID, "alice")).await.unwrap();
+    let observed = bench.get(ID).await.unwrap();
+    assert_eq!(phase(&observed), "error");
+    assert!(observed.status.unwrap().conditions[0].message.contains("no such program"));
+    assert!(bench.delete(ID).await.unwrap());
+}
+
+#[tokio::test]
 async fn delete_takes_the_last_user_s_template_and_says_so_of_what_is_missing() {
     let mut bench = ready().await;
     bench.create(sandbox("second", "bob")).await.unwrap();
@@ -151,9 +160,7 @@ async fn a_template_that_could_not_be_reaped_with_its_sandbox_is_reaped_later() 
     let mut bench = ready().await;
     bench.stub.fault("delete_template", &[Fault::Before(Code::Internal)]);
     assert!(bench.delete(ID).await.unwrap());
-    while !bench.stub.world.lock().unwrap().templates.is_empty() {
-        tokio::task::yield_now().await;
-    }
+    bench.stub.until(|stub| stub.world.lock().unwrap().templates.is_empty()).await;
 }
 
 #[tokio::test]
@@ -187,9 +194,8 @@ async fn a_full_pool_is_waited_out() {
     let waiting = bench.get(ID).await.unwrap();
     assert_eq!(phase(&waiting), "provisioning");
     assert!(waiting.status.unwrap().conditions[0].message.contains("workers of pool default are busy"));
-    while phase(&bench.get(ID).await.unwrap()) != "ready" {
-        tokio::task::yield_now().await;
-    }
+    bench.stub.until(|stub| stub.actor(ID).is_some_and(|it| it.state() == ActorState::Running)).await;
+    assert_eq!(phase(&bench.get(ID).await.unwrap()), "ready");
 }
 
 #[tokio::test]
@@ -198,9 +204,12 @@ async fn a_boot_that_never_succeeds_becomes_an_error_with_the_reason() {
         Bench::with(Stub::new(), |config| config.template_ready_timeout = Duration::from_millis(900)).await;
     bench.stub.boot(Boot::FailsFirst(u32::MAX));
     bench.create(sandbox(ID, "alice")).await.unwrap();
-    while phase(&bench.get(ID).await.unwrap()) != "error" {
-        tokio::task::yield_now().await;
-    }
+    let given_up = |stub: &Stub| {
+        let spec = stub.actor(ID).and_then(|actor| actor.spec);
+        spec.is_some_and(|spec| spec.annotations.contains_key(names::BOOT_FAILED))
+    };
+    bench.stub.until(given_up).await;
+    assert_eq!(phase(&bench.get(ID).await.unwrap()), "error");
     let message = bench.get(ID).await.unwrap().status.unwrap().conditions[0].message.clone();
     assert!(message.contains("template_ready_timeout_secs") && message.contains("pool default"), "{message}");
 }
@@ -212,9 +221,8 @@ async fn a_restarted_driver_takes_a_failed_boot_up_again() {
     bench.create(sandbox(ID, "alice")).await.unwrap();
     bench.stop_driver().await;
     bench.start_driver().await;
-    while phase(&bench.get(ID).await.unwrap()) != "ready" {
-        tokio::task::yield_now().await;
-    }
+    bench.stub.until(|stub| stub.actor(ID).is_some_and(|it| it.state() == ActorState::Running)).await;
+    assert_eq!(phase(&bench.get(ID).await.unwrap()), "ready");
 }
 
 #[tokio::test]

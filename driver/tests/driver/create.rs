@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Creating: what becomes of a request, that a retry finds the first attempt's work, and that nothing is left behind
 //! whatever fails.
-mod stub;
-
+use crate::stub::{Bench, Fault, Stub, sandbox, template, with_config};
 use openshell_driver_substrate::{names, supervisor};
 use serde_json::json;
-use stub::{Bench, Fault, Stub, sandbox, template, with_config};
 use substrate_proto::ateapi;
 use tonic::Code;
 
@@ -108,9 +106,7 @@ async fn a_failure_at_any_call_leaves_nothing_behind() {
                 for nth in 0..3 {
                     let mut bench = Bench::start().await;
                     // The sweep of the start makes calls too; let it pass.
-                    while bench.stub.calls("list_atespaces") == 0 {
-                        tokio::task::yield_now().await;
-                    }
+                    bench.stub.until(|stub| stub.calls("list_atespaces") > 0).await;
                     // Only one call of the method fails: the ones before it pass.
                     bench.stub.fault_nth(method, nth, fault);
                     let result = bench.create(sandbox(ID, "alice")).await;
@@ -154,9 +150,7 @@ async fn what_could_not_be_taken_back_at_once_is_taken_back_later() {
     bench.stub.fault("update_actor", &[Fault::Before(Code::Internal)]);
     bench.stub.fault("delete_actor", &[Fault::Before(Code::Internal), Fault::Before(Code::Internal)]);
     bench.create(sandbox(ID, "alice")).await.unwrap_err();
-    while !bench.stub.inventory().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    bench.stub.until(|stub| stub.inventory().is_empty()).await;
     assert!(bench.stub.calls("delete_actor") >= 3);
 }
 
@@ -215,9 +209,7 @@ async fn a_restarted_driver_takes_back_what_a_crash_left() {
     }
     let bench = Bench::with(stub, |_| {}).await;
     let expected = ["atespace old", "atespace team-a", "template team-a/premade", "actor team-a/foreign"];
-    while bench.stub.inventory() != expected {
-        tokio::task::yield_now().await;
-    }
+    bench.stub.until(|stub| stub.inventory() == expected).await;
 }
 
 #[tokio::test]
@@ -226,20 +218,13 @@ async fn a_gateway_that_hangs_up_does_not_interrupt_a_create() {
     let mut client = bench.client.clone();
     let request = substrate_proto::compute::CreateSandboxRequest { sandbox: Some(sandbox(ID, "alice")) };
     let call = tokio::spawn(async move { client.create_sandbox(request).await });
-    while bench.stub.calls("get_atespace") == 0 {
-        tokio::task::yield_now().await;
-    }
+    bench.stub.until(|stub| stub.calls("get_atespace") > 0).await;
     call.abort();
-    loop {
-        let settled = bench
-            .stub
-            .actor(ID)
-            .is_some_and(|actor| actor.spec.unwrap().annotations[names::CREATE].starts_with("done-"));
-        if settled {
-            break;
-        }
-        tokio::task::yield_now().await;
-    }
+    let settled = |stub: &Stub| {
+        let actor = stub.actor(ID).and_then(|actor| actor.spec);
+        actor.is_some_and(|spec| spec.annotations[names::CREATE].starts_with("done-"))
+    };
+    bench.stub.until(settled).await;
     assert_eq!(bench.list().await.unwrap().len(), 1);
 }
 

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Watching: a full snapshot at every connect, then changes; nothing missed, no polling, healed after interruptions.
-mod stub;
-
 use std::time::Duration;
 
+use crate::stub::{Bench, Boot, phase, sandbox};
 use openshell_driver_substrate::mirror::progress;
-use stub::{Bench, Boot, phase, sandbox};
 use substrate_proto::ateapi::ActorState;
 use substrate_proto::compute::{WatchSandboxesEvent, watch_sandboxes_event::Payload};
 use tonic::{Code, Streaming};

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Refusing: each message names the field and the way out, and a refusal leaves nothing behind. Pre-made templates.
-mod stub;
-
+use crate::stub::{Bench, sandbox, template, with_config};
 use openshell_driver_substrate::driver_config::json_to_struct;
 use openshell_driver_substrate::names;
 use serde_json::json;
-use stub::{Bench, sandbox, template, with_config};
 use substrate_proto::compute::{
     DriverResourceRequirements, DriverSandbox, GpuResourceRequirements, ResourceRequirements,
 };
@@ -248,7 +246,7 @@ async fn what_is_fine_passes() {
     }
 }
 
-fn premade(stub: &stub::Stub) {
+fn premade(stub: &crate::stub::Stub) {
     let mut world = stub.world.lock().unwrap();
     world
         .atespaces

@@ -2,12 +2,10 @@
 //! The driver under a stand-in for OpenShell's gateway: its order of calls, its store of phases, its reconcile, and
 //! nothing that it does not do (no retries, no compensating delete). Each rule cites what it models, from
 //! `crates/openshell-server/src/compute/mod.rs` of OpenShell at 2f7fb655.
-mod stub;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use stub::{Bench, Boot, Fault, phase, sandbox};
+use crate::stub::{Bench, Boot, Fault, phase, sandbox};
 use substrate_proto::compute::watch_sandboxes_event::Payload;
 use substrate_proto::compute::{self, DriverSandbox};
 use tonic::{Code, Status, Streaming};
@@ -189,7 +187,7 @@ async fn a_sandboxs_whole_life() {
 async fn a_refused_or_failed_create_leaves_no_row_and_no_actor() {
     let mut gateway = Gateway::start(Bench::start().await).await;
     let mut bad = sandbox("a", "alice");
-    stub::template(&mut bad).image = "registry.example/missing:1".to_owned();
+    crate::stub::template(&mut bad).image = "registry.example/missing:1".to_owned();
     let refused = gateway.create(bad).await.unwrap_err();
     assert!(refused.message().contains("missing"), "{refused}");
     gateway.bench.stub.fault("create_actor", &[Fault::Before(Code::ResourceExhausted)]);

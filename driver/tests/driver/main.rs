@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The driver as a whole: served on a socket, over a control plane in memory.
+mod contract;
+mod create;
+mod gateway;
+mod lifecycle;
+mod stub;
+mod tls;
+mod validate;
+mod watch;
