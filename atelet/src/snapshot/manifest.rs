@@ -14,14 +14,12 @@
 use std::collections::BTreeSet;
 use std::io::Read as _;
 
-use chacha20poly1305::aead::{Aead as _, KeyInit as _, Payload};
-use chacha20poly1305::{ChaCha20Poly1305, Nonce};
 use prost::Message;
 use substrate_proto::types::Compatibility;
 
 use super::digest::sha256;
 use super::node::{Record, RecordFile};
-use super::pack::{TAG, nonce};
+use super::pack::{Sealer, TAG};
 use super::{DataKey, FileKind, SnapshotError, Source, WrappedKey, check_name};
 use crate::blob::Key;
 
@@ -262,8 +260,9 @@ pub fn encode(header: &Header, body: &Body, key: &DataKey) -> Result<Vec<u8>, Sn
     out.extend_from_slice(&head);
     let plain =
         zstd::bulk::compress(&body.encode_to_vec(), 3).map_err(|error| too_large(error.to_string()))?;
-    let sealed = ChaCha20Poly1305::new((&key.0).into())
-        .encrypt(Nonce::from_slice(&nonce(1, 0)), Payload { msg: &plain, aad: &out })
+    let mut sealed = plain;
+    Sealer::new(key)
+        .and_then(|sealer| sealer.seal(1, 0, &out, &mut sealed))
         .map_err(|_| too_large("its manifest cannot be sealed".to_owned()))?;
     out.extend_from_slice(&sealed);
     if out.len() as u64 > MAX_MANIFEST {
@@ -331,8 +330,9 @@ impl Sealed<'_> {
     /// [`SnapshotError::Corrupt`].
     pub fn open(self, key: &DataKey) -> Result<Manifest, SnapshotError> {
         let name = self.header.snapshot_id.clone();
-        let plain = ChaCha20Poly1305::new((&key.0).into())
-            .decrypt(Nonce::from_slice(&nonce(1, 0)), Payload { msg: self.body, aad: self.authenticated })
+        let mut plain = self.body.to_vec();
+        Sealer::new(key)
+            .and_then(|sealer| sealer.open(1, 0, self.authenticated, &mut plain))
             .map_err(|_| corrupt(&name, "its body does not open with its key"))?;
         let mut encoded = Vec::new();
         zstd::stream::read::Decoder::new(plain.as_slice())

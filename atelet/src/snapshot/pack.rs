@@ -17,16 +17,15 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use chacha20poly1305::aead::{AeadInPlace as _, KeyInit as _};
-use chacha20poly1305::{ChaCha20Poly1305, Nonce};
 use futures::{StreamExt as _, TryStreamExt as _};
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::digest::{Sha, data_extent, sha256};
 use super::manifest::{self, Block, Body, FORMAT_VERSION, Header, MAX_PACKS, Manifest, Pack, Wrapped};
 use super::node::NodeSnapshot;
 use super::restore::Durable;
-use super::{DataKey, SnapshotError};
+use super::{DataKey, KeyError, SnapshotError};
 use crate::blob::{BlobError, Key, whole};
 
 /// Bytes of an authentication tag.
@@ -39,26 +38,74 @@ pub const PACK_HEADER: u64 = 12;
 const STRETCH: u64 = 1 << 20;
 const LEVEL: i32 = 1;
 
-/// Nonce of what is sealed under a data key: what it is (0: block, 1: manifest body), and its index.
-pub(crate) fn nonce(kind: u32, index: u64) -> [u8; 12] {
-    let mut nonce = [0; 12];
-    nonce[..4].copy_from_slice(&kind.to_le_bytes());
-    nonce[4..].copy_from_slice(&index.to_le_bytes());
-    nonce
+/// Seals and opens with one data key. *ring* and not the RustCrypto crate that wraps keys, because snapshots pass
+/// through it whole: its assembly is as fast in a development build as in a release.
+#[derive(Clone)]
+pub(crate) struct Sealer(Arc<LessSafeKey>);
+
+/// Sealing or opening failed; there is nothing more to say (ring::error::Unspecified).
+pub(crate) struct Refused;
+
+impl Sealer {
+    pub(crate) fn new(key: &DataKey) -> Result<Self, Refused> {
+        let key = UnboundKey::new(&CHACHA20_POLY1305, &key.0).map_err(|_| Refused)?;
+        Ok(Self(Arc::new(LessSafeKey::new(key))))
+    }
+
+    /// What is sealed under a data key: its kind (0: block, 1: manifest body) and its index. Never twice the same.
+    fn nonce(kind: u32, index: u64) -> Nonce {
+        let mut nonce = [0; 12];
+        nonce[..4].copy_from_slice(&kind.to_le_bytes());
+        nonce[4..].copy_from_slice(&index.to_le_bytes());
+        Nonce::assume_unique_for_key(nonce)
+    }
+
+    pub(crate) fn seal(
+        &self,
+        kind: u32,
+        index: u64,
+        aad: &[u8],
+        content: &mut Vec<u8>,
+    ) -> Result<(), Refused> {
+        self.0
+            .seal_in_place_append_tag(Self::nonce(kind, index), Aad::from(aad), content)
+            .map_err(|_| Refused)
+    }
+
+    pub(crate) fn open(
+        &self,
+        kind: u32,
+        index: u64,
+        aad: &[u8],
+        content: &mut Vec<u8>,
+    ) -> Result<(), Refused> {
+        let length = self
+            .0
+            .open_in_place(Self::nonce(kind, index), Aad::from(aad), content)
+            .map_err(|_| Refused)?
+            .len();
+        content.truncate(length);
+        Ok(())
+    }
 }
 
 /// Seals and opens the blocks of one pack.
 #[derive(Clone)]
 pub struct BlockCipher {
-    cipher: ChaCha20Poly1305,
+    sealer: Sealer,
     context: Vec<u8>,
 }
 
 impl BlockCipher {
     /// For the pack that a snapshot wrote.
-    pub fn new(key: &DataKey, actor_uid: &str, snapshot_id: &str) -> Self {
+    ///
+    /// # Errors
+    /// [`KeyError::Random`] if the key is not taken, which no key of 32 bytes is.
+    pub fn new(key: &DataKey, actor_uid: &str, snapshot_id: &str) -> Result<Self, KeyError> {
         let context = format!("substrate pack {FORMAT_VERSION}\0{actor_uid}\0{snapshot_id}\0").into_bytes();
-        Self { cipher: ChaCha20Poly1305::new((&key.0).into()), context }
+        let sealer =
+            Sealer::new(key).map_err(|Refused| KeyError::Random("a data key was not taken".to_owned()))?;
+        Ok(Self { sealer, context })
     }
 
     fn context(&self, index: u64, raw: bool) -> Vec<u8> {
@@ -82,9 +129,9 @@ impl BlockCipher {
             out.clear();
             out.extend_from_slice(plain);
         }
-        self.cipher
-            .encrypt_in_place(Nonce::from_slice(&nonce(0, index)), &self.context(index, raw), &mut out)
-            .map_err(|_| io::Error::other("a block cannot be sealed"))?;
+        self.sealer
+            .seal(0, index, &self.context(index, raw), &mut out)
+            .map_err(|Refused| io::Error::other("a block cannot be sealed"))?;
         Ok((out, raw))
     }
 
@@ -101,9 +148,9 @@ impl BlockCipher {
         digest: &[u8],
     ) -> Result<Vec<u8>, String> {
         let mut plain = stored.to_vec();
-        self.cipher
-            .decrypt_in_place(Nonce::from_slice(&nonce(0, index)), &self.context(index, raw), &mut plain)
-            .map_err(|_| "it does not open with its key".to_owned())?;
+        self.sealer
+            .open(0, index, &self.context(index, raw), &mut plain)
+            .map_err(|Refused| "it does not open with its key".to_owned())?;
         if !raw {
             let mut out = vec![0; plain_len];
             let length = zstd::bulk::decompress_to_buffer(&plain, &mut out)
@@ -370,7 +417,7 @@ impl Durable {
             let content = futures::stream::once(async { first }).chain(ReceiverStream::new(receiver));
             self.store.put(pack_key, content.boxed()).await
         };
-        let cipher = BlockCipher::new(key, &record.actor_uid, &record.snapshot_id);
+        let cipher = BlockCipher::new(key, &record.actor_uid, &record.snapshot_id)?;
         let blocks = async move {
             let mut files = Vec::new();
             let mut offset = PACK_HEADER;

@@ -228,7 +228,7 @@ impl Durable {
             };
             let context = manifest::key_context(atespace, &pack.actor_uid, &pack.snapshot_id);
             let key = self.keys.unwrap(atespace, &context, &wrapped.to_key()).await?;
-            ciphers.push(BlockCipher::new(&key, &pack.actor_uid, &pack.snapshot_id));
+            ciphers.push(BlockCipher::new(&key, &pack.actor_uid, &pack.snapshot_id)?);
         }
         Ok(ciphers)
     }
