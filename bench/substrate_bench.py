@@ -98,6 +98,49 @@ class Machine:
         finally:
             client.close()
 
+    def control_group(self, name):
+        """The populated control group of an actor that runs, on a machine with this one `substrate up` alone."""
+        worker = json.loads(self.cli("get", "actor", name, "-o", "json"))["worker"]
+        found = [
+            group
+            for group in pathlib.Path("/sys/fs/cgroup").glob(f"**/substrate*/{worker}/actor-*")
+            if (group / "cgroup.kill").exists() and self.owns(group)
+        ]
+        if len(found) != 1:
+            raise RuntimeError(f"control groups of {name} on {worker}: {found}")
+        return found[0]
+
+    def owns(self, group):
+        pids = (group / "cgroup.procs").read_text().split()
+        lines = (pathlib.Path(f"/proc/{pid}/cmdline") for pid in pids)
+        return any(str(self.dir).encode() in line.read_bytes() for line in lines)
+
+    def suspend(self, name):
+        """Suspends an actor: seconds until its control group is empty, and until its snapshot is durable."""
+        group = self.control_group(name)
+        before = time.monotonic()
+        call = subprocess.Popen(
+            [RELEASE / "substrate", "--socket", self.dir / "run" / "ateapi.sock", "suspend", name],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        free = None
+        while free is None and time.monotonic() < before + 60:
+            try:
+                if "populated 0" in (group / "cgroup.events").read_text():
+                    free = time.monotonic() - before
+            except OSError:
+                free = time.monotonic() - before
+            time.sleep(0.0005)
+        _, text = call.communicate(timeout=60)
+        if call.returncode != 0 or free is None:
+            raise RuntimeError(f"suspend of {name}: {text.strip()}")
+        return free, time.monotonic() - before
+
+    def steps(self, name):
+        """The named parts of a resume, in seconds."""
+        answer = json.loads(self.cli("resume", name, "-o", "json"))
+        return {step["name"]: step["ms"] / 1000 for step in answer["steps"]}
+
     def close(self):
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(60)
