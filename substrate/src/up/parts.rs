@@ -283,7 +283,7 @@ pub async fn stop_workers(settings: &Settings, ateom: PathBuf) -> Result<(), Fai
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => {
-                tracing::warn!(group = %group.display(), %error, "cannot remove the workers' parent group")
+                tracing::warn!(group = %group.display(), %error, "cannot remove the workers' parent group");
             }
         }
     }
@@ -350,14 +350,6 @@ mod tests {
         assert_eq!(parts.tasks.len(), 1, "only the control plane runs");
         parts.stop().await;
         assert!(parts.tasks.is_empty());
-    }
-
-    #[test]
-    fn the_parent_group_is_looked_for_in_every_hierarchy() {
-        let mounts = "cgroup /sys/fs/cgroup/pids cgroup rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n\
-                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        let expected = ["/sys/fs/cgroup/pids/substrate-a", "/sys/fs/cgroup/unified/substrate-a"];
-        assert_eq!(groups(mounts, "substrate-a"), expected.map(PathBuf::from));
     }
 
     #[test]
