@@ -94,7 +94,7 @@ impl Driver {
                         None => Some(later().map(Some).ok_or_else(|| self.refusal_or_failed())),
                     },
                     None if in_progress(id) => None,
-                    // Superseded by a later one, which began later still.
+                    // Superseded by a later one, which began later still; one that was lost is not judged here.
                     None => match (later(), actor.owed_upload()) {
                         (Some(snapshot), _) => Some(Ok(Some(snapshot))),
                         (None, Some(owed)) => match &owed.upload {
@@ -114,7 +114,7 @@ impl Driver {
         format!("{}/{}", self.actor.atespace, self.actor.name)
     }
 
-    fn failed(&self) -> CallError {
+    pub(super) fn failed(&self) -> CallError {
         CallError::Failed {
             actor: self.label(),
             state: self.actor.state,
@@ -226,6 +226,14 @@ impl Driver {
             return Ok(self.reply(call, Err(gone)));
         }
         match call.verb.clone() {
+            Verb::Resume { cause } if cause == "traffic" && !self.may_wake_on_traffic() => {
+                let error = CallError::Precondition {
+                    reason: "NO_WAKE_ON_TRAFFIC",
+                    message: format!("actor {} is asleep and is not woken by traffic", self.label()),
+                    way_out: "resume it explicitly",
+                };
+                Ok(self.reply(call, Err(error)))
+            }
             Verb::Resume { .. } => Ok(self.admit_resume(call)),
             Verb::Reset => Ok(self.admit_reset(call)),
             Verb::Suspend { by, only_if_idle, drain_ms } => {
@@ -246,6 +254,11 @@ impl Driver {
             // Handled as it arrives.
             Verb::Delete => Ok(Admitted::Wait(call)),
         }
+    }
+
+    fn may_wake_on_traffic(&self) -> bool {
+        !self.actor.spec.wake_on_traffic_disabled
+            || matches!(self.actor.state, State::Running | State::Resuming)
     }
 
     fn admit_resume(&mut self, call: Call) -> Admitted {

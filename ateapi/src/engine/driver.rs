@@ -454,7 +454,14 @@ impl Driver {
             }
             (_, held) => self.held = held,
         }
+        let lost = match &outcome.event {
+            Event::NodeCopyLost { snapshot, .. } => Some(snapshot.clone()),
+            _ => None,
+        };
         self.apply(outcome.event, None).await?;
+        if let Some(id) = lost {
+            self.fail_those_who_wait_for(&id);
+        }
         if let Some(held) = self.held.take() {
             self.on_news(held).await?;
         }
@@ -556,6 +563,22 @@ impl Driver {
         }
         if self.waiters.is_empty() && !matches!(self.actor.work, Some(Work::Stop(_) | Work::Checkpoint(_))) {
             self.refusal = None;
+        }
+    }
+
+    /// A snapshot is gone that no later one stands for.
+    fn fail_those_who_wait_for(&mut self, id: &SnapshotId) {
+        if self.actor.snapshot(id).is_some() {
+            return;
+        }
+        let error = self.failed();
+        let (gone, rest) = std::mem::take(&mut self.waiters).into_iter().partition(
+            |waiter| matches!(&waiter.goal, Goal::Durable(wanted) | Goal::Stopped(wanted) if wanted == id),
+        );
+        self.waiters = rest;
+        let gone: Vec<Waiter> = gone;
+        for waiter in gone {
+            let _ = waiter.call.reply.send(Err(error.clone()));
         }
     }
 

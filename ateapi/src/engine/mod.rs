@@ -13,6 +13,8 @@ mod create;
 mod driver;
 mod error;
 mod registry;
+#[cfg(test)]
+mod simulation_tests;
 mod templates;
 #[cfg(test)]
 mod tests;

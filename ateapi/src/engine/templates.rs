@@ -133,16 +133,16 @@ impl Engine {
 fn image_error(index: usize, reference: &str, fault: Fault) -> CallError {
     let what = format!("spec.containers[{index}].image: image {reference:?} cannot be used");
     let (code, message) = match fault {
-        Fault::ForGood { reason, message } => match reason.as_str() {
-            "NOT_FOUND" => (tonic::Code::NotFound, message),
-            _ => (tonic::Code::InvalidArgument, message),
-        },
+        Fault::ForGood { reason, message } => {
+            let unknown = reason.ends_with("NOT_FOUND");
+            (if unknown { tonic::Code::NotFound } else { tonic::Code::InvalidArgument }, message)
+        }
         Fault::Corrupt { message, .. } => (tonic::Code::DataLoss, message),
         Fault::Refused { message, .. } => (tonic::Code::FailedPrecondition, message),
         Fault::Again { reason, message } if reason == "RESOURCE_EXHAUSTED" => {
             (tonic::Code::ResourceExhausted, message)
         }
-        Fault::Unknown(message) | Fault::Stale(message) | Fault::Again { message, .. } => {
+        Fault::Unknown { message, .. } | Fault::Stale(message) | Fault::Again { message, .. } => {
             (tonic::Code::Unavailable, message)
         }
         Fault::Exited(_) => (tonic::Code::Internal, "the node answered out of place".to_owned()),

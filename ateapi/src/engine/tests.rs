@@ -764,3 +764,45 @@ async fn too_many_waiting_calls_are_refused() {
     assert!(!ok.is_empty() && !refused.is_empty());
     assert!(refused.iter().all(|it| matches!(it, Err(CallError::Overloaded(64)))));
 }
+
+#[tokio::test(start_paused = true)]
+async fn traffic_wakes_only_what_allows_it() {
+    let h = Harness::new(&[1]).await;
+    let spec =
+        types::ActorSpec { template: "t".into(), wake_on_traffic_disabled: true, ..Default::default() };
+    let uid = h.engine.create_actor("space", "alice", spec, None, false, None).await.unwrap().uid;
+    let traffic = || Verb::Resume { cause: "traffic".into() };
+    assert!(matches!(h.ask(&uid, traffic()).await, Err(CallError::Precondition { .. })));
+    h.resume(&uid).await.unwrap();
+    assert!(h.ask(&uid, traffic()).await.unwrap().was_running);
+}
+
+#[tokio::test(start_paused = true)]
+async fn losses_told_again_at_the_start_of_a_session_change_nothing() {
+    let mut h = Harness::new(&[1]).await;
+    let uid = h.running("alice").await;
+    h.checkpoint(&uid, true).await.unwrap();
+    h.nodes[0].kill_worker_of(uid.as_str());
+    h.until_state(&uid, State::Suspended).await;
+    h.nodes[0].tell_losses_again();
+    h.restart().await;
+    h.resume(&uid).await.unwrap();
+    wait(&h, 5).await;
+    assert_eq!(h.actor(&uid).await.state, State::Running);
+    assert_eq!(h.events("WorkerLost").await.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_is_lost_before_its_upload_goes_back_to_the_durable_one() {
+    let h = Harness::new(&[1]).await;
+    let uid = h.running("alice").await;
+    h.suspend(&uid).await.unwrap();
+    h.resume(&uid).await.unwrap();
+    h.pause(&uid).await.unwrap();
+    h.nodes[0].fail("upload", crate::testing::stub::corrupt("node"));
+    assert!(h.ask(&uid, Verb::Promote).await.is_err());
+    let actor = h.actor(&uid).await;
+    assert_eq!((actor.state, actor.reason.as_str()), (State::Suspended, "SNAPSHOT_LOST"));
+    assert_eq!(h.events("RolledBack").await.len(), 1);
+    h.resume(&uid).await.unwrap();
+}

@@ -9,7 +9,12 @@ use crate::model::Exit;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// The outcome is not known: the same call is sent again.
-    Unknown(String),
+    Unknown {
+        /// UPPER_SNAKE, if the node gave one.
+        reason: Option<String>,
+        /// For people.
+        message: String,
+    },
     /// A higher generation is known there.
     Stale(String),
     /// Refused before anything was touched; true when it was busy.
@@ -64,7 +69,7 @@ pub fn classify(status: &Status, now_ms: i64) -> Fault {
     }
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
-            Fault::Unknown(message)
+            Fault::Unknown { reason, message }
         }
         Code::Aborted => Fault::Stale(message),
         Code::FailedPrecondition => {
@@ -104,8 +109,8 @@ mod tests {
 
     #[test]
     fn codes_mean_what_the_contract_says() {
-        assert!(matches!(classify(&Status::unavailable("x"), 0), Fault::Unknown(_)));
-        assert!(matches!(classify(&Status::deadline_exceeded("x"), 0), Fault::Unknown(_)));
+        assert!(matches!(classify(&Status::unavailable("x"), 0), Fault::Unknown { .. }));
+        assert!(matches!(classify(&Status::deadline_exceeded("x"), 0), Fault::Unknown { .. }));
         assert!(matches!(classify(&Status::aborted("x"), 0), Fault::Stale(_)));
         assert!(matches!(classify(&Status::failed_precondition("x"), 0), Fault::Refused { busy: false, .. }));
         let busy = with(Code::FailedPrecondition, "BUSY", &[]);

@@ -258,10 +258,22 @@ impl Session<'_> {
     }
 
     async fn on_lost(&self, lost: atelet::WorkerLost) {
+        // Whether the worker itself lives is for its report to say: this may be of its sandbox alone.
         let id = WorkerId(lost.worker_id);
-        lock(&self.engine.pool).lost(&id);
-        self.engine.pool_touched([id.clone()]);
         let held = lost.assignment.filter(|assignment| !assignment.actor_uid.is_empty());
+        let booked = lock(&self.engine.pool).get(&id).and_then(|worker| worker.record.actor.clone());
+        let is_booked = match (&held, &booked) {
+            (Some(held), Some((uid, generation))) => {
+                held.actor_uid == uid.0 && held.generation == generation.0
+            }
+            // The node may not know any more what the dead slot held; our books do.
+            (None, Some(_)) => self.synced,
+            (_, None) => false,
+        };
+        // At the start of a session the node tells its losses again.
+        if !self.synced && !is_booked {
+            return;
+        }
         let message = format!("worker {id} of node {} was lost: {}", self.node.name, lost.reason);
         let event = EventDraft {
             kind: "worker".to_owned(),
@@ -275,14 +287,8 @@ impl Session<'_> {
             time_ms: self.engine.clock.wall_ms(),
         };
         self.record(event).await;
-        // The node may not know any more what the dead slot held; our books do.
-        let booked = lock(&self.engine.pool).get(&id).and_then(|worker| worker.record.actor.clone());
-        match (held, booked) {
-            (Some(assignment), _) => tell_lost(self.engine, &assignment, message),
-            (None, Some((uid, generation))) => {
-                self.engine.tell(&uid, Command::News(News::Lost { generation, message }));
-            }
-            (None, None) => {}
+        if let (true, Some((uid, generation))) = (is_booked, booked) {
+            self.engine.tell(&uid, Command::News(News::Lost { generation, message }));
         }
     }
 

@@ -32,7 +32,8 @@ impl Offer {
             && self.runtime_digest == needs.runtime_digest
             && (needs.architecture.is_empty() || self.architecture == needs.architecture)
             && needs.cpu_features.iter().all(|feature| self.cpu_features.contains(feature))
-            && needs.facts.iter().all(|(key, value)| self.facts.get(key) == Some(value))
+            // Facts that only the snapshot has are the runtime's to judge.
+            && needs.facts.iter().all(|(key, value)| self.facts.get(key).is_none_or(|here| here == value))
     }
 }
 
@@ -120,8 +121,24 @@ impl Pool {
     /// Takes in a node's report; true when something that is persisted changed.
     pub fn report(&mut self, node: &NodeName, report: &atelet::Worker) -> bool {
         let id = WorkerId(report.worker_id.clone());
-        let capabilities = report.capabilities.clone().unwrap_or_default();
         let slot = report.slot.clone().unwrap_or_default();
+        // A worker whose process is down says nothing of what it offers: what it offered stands.
+        let known = self.workers.get(&id).map(|worker| worker.offer.clone());
+        let capabilities = report.capabilities.clone().unwrap_or_else(|| {
+            known.map_or_else(Default::default, |offer| ateom::GetCapabilitiesResponse {
+                sandbox_class: offer.class,
+                runtime_digest: offer.runtime_digest,
+                runtime_version: self
+                    .workers
+                    .get(&id)
+                    .map(|it| it.record.runtime_version.clone())
+                    .unwrap_or_default(),
+                architecture: offer.architecture,
+                cpu_features: offer.cpu_features.into_iter().collect(),
+                facts: offer.facts,
+                ..Default::default()
+            })
+        });
         let pool = if report.pool.is_empty() { DEFAULT_POOL.to_owned() } else { report.pool.clone() };
         let old = self.workers.get(&id).map(|worker| worker.record.clone());
         self.unlist(&id);

@@ -70,7 +70,13 @@ fn a_snapshot_goes_only_where_it_can_be_restored() {
         let none = pool.pick(&need(Some(&wrong), None, &[])).unwrap_err();
         assert!(matches!(&none, NoWorker::None(m) if m.contains(&wrong.runtime_digest)), "{none}");
     }
+    let mut report = worker("b", "new", &["avx"], Phase::Empty);
+    report.capabilities.as_mut().unwrap().facts.insert("platform".into(), "systrap".into());
+    pool.report(&two, &report);
     let mut fact = needs("new", &[]);
+    fact.facts.insert("of.snapshot".into(), "1".into());
+    fact.facts.insert("platform".into(), "systrap".into());
+    pool.pick(&need(Some(&fact), None, &[])).unwrap();
     fact.facts.insert("platform".into(), "kvm".into());
     assert!(pool.pick(&need(Some(&fact), None, &[])).is_err());
 }

@@ -62,7 +62,8 @@ pub(super) async fn exec(
         }
     });
     let outputs = outputs.await?;
-    Ok(Response::new(outputs))
+    // A stop of the control plane does not wait for them.
+    Ok(Response::new(outputs.take_until(engine.dead.clone().cancelled_owned()).boxed()))
 }
 
 async fn awake(engine: &Arc<Engine>, key: &ActorKey, no_wake: bool) -> Result<Actor, CallError> {
@@ -114,5 +115,5 @@ pub(super) async fn logs(
     };
     let chunks = node.client.logs(request).await?;
     let chunks = chunks.map(|chunk| chunk.map(|chunk| ateapi::ActorLogsChunk { data: chunk.data }));
-    Ok(Response::new(chunks.boxed()))
+    Ok(Response::new(chunks.take_until(engine.dead.clone().cancelled_owned()).boxed()))
 }

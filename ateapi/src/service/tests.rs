@@ -19,8 +19,8 @@ fn service(h: &Harness) -> ControlService {
     ControlService::new(Arc::clone(&h.engine))
 }
 
-fn named(name: &str) -> Option<ateapi::ActorRef> {
-    Some(ateapi::ActorRef { atespace: "space".into(), name: name.into(), uid: String::new() })
+fn named(name: &str) -> ateapi::ActorRef {
+    ateapi::ActorRef { atespace: "space".into(), name: name.into(), uid: String::new() }
 }
 
 async fn next(
@@ -68,8 +68,8 @@ async fn a_watch_shows_what_is_there_then_every_change_and_resumes() {
         }
     }
     states.dedup();
-    use ateapi::ActorState::{Resuming, Running, Suspended, Suspending};
-    assert_eq!(states, [Resuming, Running, Suspending, Suspended]);
+    let names: Vec<_> = states.iter().map(ateapi::ActorState::as_str_name).collect();
+    assert_eq!(names, ["RESUMING", "RUNNING", "SUSPENDING", "SUSPENDED"]);
     // A client that comes back with its revision gets the rest, once.
     let mut again = watch(began, &["actor", "snapshot", "event"]).await.unwrap().into_inner();
     let (mut snapshots, mut events) = (0, Vec::new());
@@ -155,18 +155,18 @@ async fn errors_carry_reason_and_way_out() {
     let h = Harness::new(&[1]).await;
     h.create("alice").await;
     let service = service(&h);
-    let suspend = ateapi::SuspendActorRequest { actor: named("alice"), ..Default::default() };
+    let suspend = ateapi::SuspendActorRequest { actor: Some(named("alice")), ..Default::default() };
     let status = service.suspend_actor(Request::new(suspend)).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     let details = status.get_error_details();
     let info = details.error_info().unwrap();
     assert_eq!((info.reason.as_str(), info.metadata["state"].as_str()), ("WRONG_STATE", "NEW"));
     assert!(info.metadata["way_out"].contains("resume"));
-    let get = ateapi::GetActorRequest { actor: named("nobody") };
+    let get = ateapi::GetActorRequest { actor: Some(named("nobody")) };
     let status = service.get_actor(Request::new(get)).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
     assert!(status.message().contains("space/nobody"));
-    let gone = ateapi::DeleteActorRequest { actor: named("nobody"), request_id: String::new() };
+    let gone = ateapi::DeleteActorRequest { actor: Some(named("nobody")), request_id: String::new() };
     assert!(!service.delete_actor(Request::new(gone)).await.unwrap().into_inner().deleted);
     let create = ateapi::CreateActorRequest {
         atespace: "space".into(),
@@ -264,32 +264,38 @@ impl Node for Served {
         &self,
         _: Request<atelet::ListSnapshotsRequest>,
     ) -> Answered<atelet::ListSnapshotsResponse> {
-        Ok(Response::new(Default::default()))
+        Ok(Response::new(atelet::ListSnapshotsResponse::default()))
     }
 
     async fn drop_snapshot(
         &self,
         request: Request<atelet::DropSnapshotRequest>,
     ) -> Answered<atelet::DropSnapshotResponse> {
-        self.0.drop_snapshot(request.into_inner()).await.map(|()| Response::new(Default::default()))
+        self.0
+            .drop_snapshot(request.into_inner())
+            .await
+            .map(|()| Response::new(atelet::DropSnapshotResponse {}))
     }
 
     async fn delete_blobs(
         &self,
         request: Request<atelet::DeleteBlobsRequest>,
     ) -> Answered<atelet::DeleteBlobsResponse> {
-        self.0.delete_blobs(request.into_inner()).await.map(|()| Response::new(Default::default()))
+        self.0
+            .delete_blobs(request.into_inner())
+            .await
+            .map(|()| Response::new(atelet::DeleteBlobsResponse {}))
     }
 
     async fn purge(&self, request: Request<atelet::PurgeRequest>) -> Answered<atelet::PurgeResponse> {
-        self.0.purge(request.into_inner()).await.map(|()| Response::new(Default::default()))
+        self.0.purge(request.into_inner()).await.map(|()| Response::new(atelet::PurgeResponse {}))
     }
 
     async fn set_egress(
         &self,
         request: Request<atelet::SetEgressRequest>,
     ) -> Answered<atelet::SetEgressResponse> {
-        self.0.set_egress(request.into_inner()).await.map(|()| Response::new(Default::default()))
+        self.0.set_egress(request.into_inner()).await.map(|()| Response::new(atelet::SetEgressResponse {}))
     }
 
     type ExecStream = futures::stream::BoxStream<'static, Result<types::ExecOutput, Status>>;
@@ -381,7 +387,7 @@ async fn over_real_sockets_with_a_real_database() {
     let actor = client.create_actor(create.clone()).await.unwrap().into_inner();
     assert!(actor.spec.unwrap().files[0].content.is_empty());
     assert_eq!(client.create_actor(create).await.unwrap().into_inner().uid, "sandbox-1");
-    let resume = ateapi::ResumeActorRequest { actor: named("alice"), ..Default::default() };
+    let resume = ateapi::ResumeActorRequest { actor: Some(named("alice")), ..Default::default() };
     let resumed = client.resume_actor(resume).await.unwrap().into_inner().actor.unwrap();
     assert_eq!(resumed.state(), ateapi::ActorState::Running);
     assert_eq!(node.copy_of("sandbox-1").unwrap().files[0].content, b"hunter2");
@@ -393,7 +399,7 @@ async fn over_real_sockets_with_a_real_database() {
         ..Default::default()
     };
     let inputs = vec![types::ExecInput { input: Some(types::exec_input::Input::Start(start.clone())) }];
-    let suspend = ateapi::SuspendActorRequest { actor: named("alice"), ..Default::default() };
+    let suspend = ateapi::SuspendActorRequest { actor: Some(named("alice")), ..Default::default() };
     let answer = client.suspend_actor(suspend.clone()).await.unwrap().into_inner();
     assert_eq!(answer.snapshot.unwrap().durability(), types::Durability::Durable);
     // An exec wakes it.
@@ -405,7 +411,7 @@ async fn over_real_sockets_with_a_real_database() {
     let inputs = vec![types::ExecInput { input: Some(types::exec_input::Input::Start(asleep)) }];
     let status = client.exec_actor(tokio_stream::iter(inputs)).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
-    let logs = ateapi::ActorLogsRequest { actor: named("alice"), ..Default::default() };
+    let logs = ateapi::ActorLogsRequest { actor: Some(named("alice")), ..Default::default() };
     let chunk = client.actor_logs(logs).await.unwrap().into_inner().message().await.unwrap().unwrap();
     assert_eq!(chunk.data, b"log of sandbox-1");
     let workers = client.list_workers(ateapi::ListWorkersRequest {}).await.unwrap().into_inner().workers;

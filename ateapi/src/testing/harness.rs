@@ -64,7 +64,7 @@ pub fn settings() -> Settings {
     Settings {
         lease_term: Duration::from_secs(30),
         lease_margin: Duration::from_secs(5),
-        idle_suspend_after: Some(Duration::from_secs(60)),
+        idle_suspend_after: Some(Duration::from_mins(1)),
         evict_after: Some(Duration::from_secs(5)),
         place_wait: Duration::from_secs(2),
         changelog_keep: 100_000,
@@ -114,7 +114,9 @@ impl Harness {
 
     pub async fn create_from(&self, template: &str, name: &str) -> ActorUid {
         let spec = types::ActorSpec { template: template.into(), ..Default::default() };
-        self.engine.create_actor("space", name, spec, None, false, None).await.unwrap().uid
+        // A uid that is not drawn, so that a simulation replays.
+        let uid = Some(format!("uid-{name}").into());
+        self.engine.create_actor("space", name, spec, uid, false, None).await.unwrap().uid
     }
 
     pub async fn create(&self, name: &str) -> ActorUid {
@@ -175,9 +177,11 @@ impl Harness {
                 revisions.changed().await.unwrap();
             }
         };
-        match tokio::time::timeout(Duration::from_secs(600), waiting).await {
+        match tokio::time::timeout(Duration::from_mins(10), waiting).await {
             Ok(actor) => actor,
-            Err(_) => panic!("never came there: {:#?}", self.actor(uid).await),
+            Err(tokio::time::error::Elapsed { .. }) => {
+                panic!("never came there: {:#?}", self.actor(uid).await)
+            }
         }
     }
 

@@ -26,6 +26,10 @@ pub struct Copy {
     pub clone: bool,
     pub identity: BTreeMap<String, Vec<u8>>,
     pub files: Vec<types::File>,
+    /// On the stub's clock: past it the copy is frozen.
+    deadline: Duration,
+    /// Last lease request that had been sent when it was activated.
+    since: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -54,10 +58,13 @@ struct Inner {
     highest: HashMap<String, u64>,
     /// When each checkpoint began, by snapshot id.
     begun: Vec<(String, Duration)>,
-    deadline: Duration,
+    /// What was granted last, for activations.
+    granted: Duration,
     requests: HashMap<u64, Duration>,
     sequence: u64,
     boot: u64,
+    losses: BTreeMap<String, atelet::WorkerLost>,
+    tells_losses: bool,
 }
 
 /// The blob store, shared by nodes: manifests by "uid/generation-snapshot", with what they hold.
@@ -85,6 +92,14 @@ pub struct StubNode {
     /// Counts every call, for tests that wait for one.
     pub seen: watch::Sender<usize>,
     lease_every: Duration,
+}
+
+/// A snapshot's copy that is missing or damaged.
+pub fn corrupt(source: &str) -> Status {
+    let metadata = [("source".to_owned(), source.to_owned())];
+    let details = tonic_types::ErrorDetails::with_error_info("SNAPSHOT_CORRUPT", "substrate", metadata);
+    let message = "pages.img: digest differs";
+    <Status as tonic_types::StatusExt>::with_error_details(tonic::Code::DataLoss, message, details)
 }
 
 pub fn unavailable() -> Status {
@@ -167,9 +182,14 @@ impl StubNode {
 
     /// Copies that run here; frozen ones do not serve.
     pub fn copies(&self) -> Vec<Copy> {
+        let now = self.clock.now();
         let inner = self.lock();
-        let frozen = inner.deadline > Duration::ZERO && self.clock.now() > inner.deadline;
-        inner.slots.values().filter_map(|slot| slot.copy.clone()).filter(|_| !frozen).collect()
+        inner
+            .slots
+            .values()
+            .filter_map(|slot| slot.copy.clone())
+            .filter(|copy| now <= copy.deadline)
+            .collect()
     }
 
     pub fn copy_of(&self, uid: &str) -> Option<Copy> {
@@ -201,6 +221,7 @@ impl StubNode {
         self.lock().begun.clone()
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "each caller makes it for this")]
     fn say(&self, event: Said) {
         let mut inner = self.lock();
         inner.sessions.retain(|session| {
@@ -253,6 +274,11 @@ impl StubNode {
             stats: Some(stats),
             now_ns,
         }));
+    }
+
+    /// Each later session begins with this worker's last loss.
+    pub fn tell_losses_again(&self) {
+        self.lock().tells_losses = true;
     }
 
     pub fn drain(&self) {
@@ -311,11 +337,33 @@ impl StubNode {
         a.actor_uid == b.actor_uid && a.generation == b.generation
     }
 
-    /// A grant came: fences what it does not name and was there before it was asked for.
+    /// A grant came: it extends what it names and ends the rest, except what was activated after it was asked for.
     fn granted(&self, grant: &atelet::LeaseGrant) {
-        let mut inner = self.lock();
-        let Some(asked) = inner.requests.remove(&grant.sequence) else { return };
-        inner.deadline = inner.deadline.max(asked + Duration::from_millis(grant.term_ms));
+        let mut ended = Vec::new();
+        {
+            let mut inner = self.lock();
+            let Some(asked) = inner.requests.remove(&grant.sequence) else { return };
+            let deadline = asked + Duration::from_millis(grant.term_ms);
+            inner.granted = inner.granted.max(deadline);
+            for (id, slot) in &mut inner.slots {
+                let Some(copy) = &mut slot.copy else { continue };
+                let own = grant.assignments.iter().find(|it| it.actor_uid == copy.assignment.actor_uid);
+                match own {
+                    Some(named) if named.generation == copy.assignment.generation => {
+                        copy.deadline = copy.deadline.max(deadline);
+                    }
+                    Some(named) if named.generation < copy.assignment.generation => {}
+                    None if copy.since >= grant.sequence => {}
+                    _ => {
+                        slot.copy = None;
+                        ended.push(id.clone());
+                    }
+                }
+            }
+        }
+        for id in ended {
+            self.report(&id);
+        }
     }
 
     fn lease_request(&self) -> Option<atelet::SessionEvent> {
@@ -357,6 +405,10 @@ impl NodeClient for Stub {
             let mut inner = self.0.lock();
             for (id, slot) in &inner.slots {
                 let event = Some(Said::Worker(StubNode::worker(id, slot)));
+                say.try_send(Ok(atelet::SessionEvent { event })).map_err(|_| unavailable())?;
+            }
+            for lost in inner.losses.values().filter(|_| inner.tells_losses) {
+                let event = Some(Said::Lost(lost.clone()));
                 say.try_send(Ok(atelet::SessionEvent { event })).map_err(|_| unavailable())?;
             }
             let event = Some(Said::Synced(atelet::SyncDone {}));
@@ -432,6 +484,16 @@ impl NodeClient for Stub {
                 return Err(Status::aborted("a higher generation is known"));
             }
             *highest = assignment.generation;
+            // Lower generations of the actor end wherever they are.
+            for slot in inner.slots.values_mut() {
+                let lower = |copy: &Copy| {
+                    copy.assignment.actor_uid == assignment.actor_uid
+                        && copy.assignment.generation < assignment.generation
+                };
+                if slot.copy.as_ref().is_some_and(lower) {
+                    slot.copy = None;
+                }
+            }
             let memory = match &request.snapshot {
                 None => 0,
                 Some(source) => {
@@ -448,9 +510,10 @@ impl NodeClient for Stub {
                     on_node.or(durable).ok_or_else(|| Status::data_loss("memory.img is missing"))?
                 }
             };
-            // A late call must not touch a slot that holds another copy.
-            let now = self.0.clock.now();
-            inner.deadline = inner.deadline.max(now + Duration::from_millis(request.lease_term_ms));
+            // Never beyond what was granted.
+            let deadline =
+                inner.granted.min(self.0.clock.now() + Duration::from_millis(request.lease_term_ms));
+            let since = inner.sequence;
             let slot = inner
                 .slots
                 .get_mut(&assignment.worker_id)
@@ -468,6 +531,8 @@ impl NodeClient for Stub {
                 clone: request.clone,
                 identity: request.identity,
                 files: request.actor.unwrap().files,
+                deadline,
+                since,
             });
         }
         self.0.report(&assignment.worker_id);
@@ -529,7 +594,7 @@ impl NodeClient for Stub {
         self.0.enter("upload").await?;
         let inner = self.0.lock();
         let key = (request.actor_uid.clone(), request.snapshot_id.clone());
-        let saved = inner.snapshots.get(&key).ok_or_else(|| Status::not_found("no such snapshot here"))?;
+        let saved = inner.snapshots.get(&key).ok_or_else(|| corrupt("node"))?;
         let directory = format!("{}/{}-{}", request.actor_uid, request.generation, request.snapshot_id);
         lock(&self.0.blobs.0).insert(directory.clone(), saved.memory);
         Ok(atelet::UploadResponse {

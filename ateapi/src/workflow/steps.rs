@@ -97,11 +97,11 @@ where
             Err(status) => status,
         };
         match classify(&status, engine.clock.wall_ms()) {
-            Fault::Unknown(message) => {
+            Fault::Unknown { reason, message } => {
                 tried += 1;
                 tracing::debug!(node = %node.name, ?step, tried, message, "the outcome is unknown, asking again");
                 if attempts.is_some_and(|most| tried >= most) {
-                    return Err(Insist::Fault(Fault::Unknown(message)));
+                    return Err(Insist::Fault(Fault::Unknown { reason, message }));
                 }
                 engine.pause(Duration::from_millis(50 << tried.min(5))).await;
             }
@@ -255,7 +255,9 @@ fn activation_failure(actor: &Actor, source: Option<&SnapshotId>, fault: Fault) 
         }
         Fault::ForGood { reason, message } => of(FailureKind::ForGood, &reason, message),
         Fault::Again { reason, message } => of(FailureKind::Again, &reason, message),
-        Fault::Unknown(message) => of(FailureKind::Again, "NODE_UNREACHABLE", message),
+        Fault::Unknown { reason, message } => {
+            of(FailureKind::Again, reason.as_deref().unwrap_or("NODE_UNREACHABLE"), message)
+        }
         Fault::Stale(message) => of(FailureKind::Again, "STALE_GENERATION", message),
         Fault::Exited(_) => of(FailureKind::ForGood, "WORKLOAD_EXITED", "the workload ended".to_owned()),
     }
@@ -383,8 +385,11 @@ pub(crate) async fn resolve_image(
     match pull(engine, node, atespace, reference, |_| {}).await {
         Ok(image) => Ok(image),
         Err(Insist::Fault(fault)) => Err(fault),
-        Err(Insist::NodeLost(message)) => Err(Fault::Unknown(message)),
-        Err(Insist::Killed) => Err(Fault::Unknown("the control plane is stopping".to_owned())),
+        Err(Insist::NodeLost(message)) => Err(Fault::Unknown { reason: None, message }),
+        Err(Insist::Killed) => {
+            let message = "the control plane is stopping".to_owned();
+            Err(Fault::Unknown { reason: None, message })
+        }
     }
 }
 
@@ -529,7 +534,7 @@ async fn still_runs(
 
 fn fault_text(fault: Fault) -> String {
     match fault {
-        Fault::Unknown(message)
+        Fault::Unknown { message, .. }
         | Fault::Stale(message)
         | Fault::Refused { message, .. }
         | Fault::Corrupt { message, .. }
@@ -636,7 +641,7 @@ pub(crate) async fn upload(engine: Arc<Engine>, actor: Actor, id: SnapshotId) ->
             }
             Err(status) => match classify(&status, engine.clock.wall_ms()) {
                 // Only the node has it and the node has not: what a verb leads on from is decided by the record.
-                Fault::Corrupt { message, .. } | Fault::ForGood { message, .. } => {
+                Fault::Corrupt { source, message } if source == "node" => {
                     let event = Event::NodeCopyLost { snapshot: id, message };
                     return Ok(Outcome::of(event));
                 }
