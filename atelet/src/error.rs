@@ -221,7 +221,8 @@ impl NodeError {
             Self::Stale { .. } => (Code::Aborted, "STALE_GENERATION"),
             Self::Ended { .. } => (Code::Aborted, "GENERATION_ENDED"),
             Self::Superseded { .. } => (Code::Aborted, "SUPERSEDED"),
-            Self::NoSuchWorker { .. } => (Code::Unavailable, "NO_SUCH_WORKER"),
+            // Not UNAVAILABLE: the same call would be sent again for ever.
+            Self::NoSuchWorker { .. } => (Code::ResourceExhausted, "NO_SUCH_WORKER"),
             Self::WorkerDown { .. } => (Code::Unavailable, "WORKER_DOWN"),
             Self::SlotBusy { .. } => (Code::ResourceExhausted, "SLOT_BUSY"),
             Self::NotRunning { .. } => (Code::NotFound, "NOT_RUNNING"),

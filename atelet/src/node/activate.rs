@@ -19,9 +19,7 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use substrate_proto::atelet::{ActivateRequest, ActivateResponse, SnapshotSource};
 use substrate_proto::ateom::slot_status::Phase;
-use substrate_proto::ateom::{
-    GetStatusRequest, RestoreRequest, RunRequest, SandboxSpec, StepTime, TerminateRequest,
-};
+use substrate_proto::ateom::{RestoreRequest, RunRequest, SandboxSpec, StepTime, TerminateRequest};
 use substrate_proto::types::{ActorSpec, Assignment, Compatibility, TemplateSpec};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -34,7 +32,7 @@ use crate::image::{Image, ImageError, Reference};
 use crate::snapshot::node::{NodeSnapshot, Pin};
 use crate::snapshot::restore::Wanted;
 use crate::snapshot::{SnapshotError, Source};
-use crate::worker::{Client, View, Worker};
+use crate::worker::{Client, News, View, Worker};
 
 /// How long a start waits for a worker that is just being started.
 const WORKER_WAIT: Duration = Duration::from_secs(5);
@@ -131,7 +129,12 @@ impl Node {
         let begun = async {
             self.end_lower(assignment).await?;
             let worker = self.worker(&assignment.worker_id)?;
-            let (view, client) = worker.up(WORKER_WAIT).await?;
+            // Nothing was started: another worker may be taken, instead of asking for this one again.
+            let (view, client) = worker.up(WORKER_WAIT).await.map_err(|_| NodeError::WorkerLost {
+                worker: worker.id.clone(),
+                during: "a start",
+                reason: worker.view().trouble,
+            })?;
             if let Some(response) = running(&view, assignment) {
                 return Ok(response);
             }
@@ -154,12 +157,20 @@ impl Node {
             self.release_images(assignment);
             self.ledger.displaced(assignment);
         }
-        let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
-        if starting.get(&assignment.actor_uid).is_some_and(|own| own.generation == assignment.generation) {
-            starting.remove(&assignment.actor_uid);
+        if self.is_starting(assignment) {
+            self.starting.lock().unwrap_or_else(PoisonError::into_inner).remove(&assignment.actor_uid);
         }
-        drop(starting);
+        if outcome.is_ok() {
+            // What happened to it since was kept quiet.
+            self.take_news(&assignment.worker_id, News::Changed);
+        }
         outcome
+    }
+
+    /// Whether an activation of this assignment is under way.
+    pub(super) fn is_starting(&self, assignment: &Assignment) -> bool {
+        let starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        starting.get(&assignment.actor_uid).is_some_and(|own| own.generation == assignment.generation)
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of one request, used nowhere else")]
@@ -199,7 +210,8 @@ impl Node {
         let spec = self.prepare(assignment, template, actor, request, &images, ready.as_ref()).await?;
         self.hold_images(assignment, images.into_iter().map(|(_, image, _)| image).collect());
         steps.done("prepare");
-        let _permit = Arc::clone(&self.starts).acquire_owned().await.map_err(|_| NodeError::WorkerDown {
+        let kind = if ready.is_some() { &self.restores } else { &self.boots };
+        let _permit = Arc::clone(kind).acquire_owned().await.map_err(|_| NodeError::WorkerDown {
             worker: worker.id.clone(),
             reason: "the node stops".into(),
         })?;
@@ -228,15 +240,14 @@ impl Node {
             Ok(inner) => steps.include("ateom", inner),
             Err(status) => return Err(self.failed(worker, view, "a start", &status, answers::start).await),
         }
-        let slot = client
-            .get_status(GetStatusRequest {})
-            .await
-            .map_err(|status| answers::start(&worker.id, &status))?
-            .into_inner();
-        steps.done("status");
         Ok(ActivateResponse {
             steps: steps.into_vec(),
-            ingress_endpoint: slot.ingress_endpoint,
+            // The same for the whole life of a worker's process.
+            ingress_endpoint: view
+                .slot
+                .as_ref()
+                .map(|slot| slot.ingress_endpoint.clone())
+                .unwrap_or_default(),
             restored_from: ready.map_or("", |ready| ready.source.as_str()).to_owned(),
         })
     }
@@ -351,6 +362,8 @@ impl Node {
         let (node, fetched) = (Arc::clone(self), wanted.clone());
         let key = (source.actor_uid.clone(), source.snapshot_id.clone());
         let fetch = self.fetches.run(key, move |_| async move {
+            let _slot =
+                node.fetch_slots.acquire().await.map_err(|_| Status::unavailable("the node stops"))?;
             node.disk.admit("fetching a snapshot", START_BYTES).map_err(NodeError::from)?;
             node.durable.fetch(&node.snapshots, &fetched).await.map_err(NodeError::from)?;
             Ok(())

@@ -69,7 +69,11 @@ pub(crate) struct Node {
     uploads: Flights<SnapshotKey, atelet::UploadResponse>,
     fetches: Flights<SnapshotKey, ()>,
     releases: Flights<Life, ()>,
-    starts: Arc<Semaphore>,
+    /// Restores are CPU bound: as many at a time as there are cores.
+    restores: Arc<Semaphore>,
+    /// Boots mostly wait for their workload to become ready.
+    boots: Arc<Semaphore>,
+    fetch_slots: Arc<Semaphore>,
     upload_slots: Arc<Semaphore>,
 }
 

@@ -9,8 +9,7 @@
 //! ```
 //!
 //! A checkpoint goes on in the ateom when this process dies. The retry after its restart finds the unfinished
-//! directory and asks the ateom for the same directory again, which joins it or answers what it made (`ateom.proto`);
-//! only when the actor is simply running does it begin anew.
+//! directory and asks the ateom for the same directory again, which joins it or answers what it made (`ateom.proto`).
 use std::sync::Arc;
 
 use substrate_proto::atelet::{
@@ -19,9 +18,8 @@ use substrate_proto::atelet::{
 };
 use substrate_proto::ateom as ateom_proto;
 use substrate_proto::ateom::checkpoint_request::Mode;
-use substrate_proto::ateom::slot_status::Phase;
 use substrate_proto::types::Assignment;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::activate::{Steps, required};
 use super::{Node, answers};
@@ -29,7 +27,7 @@ use crate::error::{NodeError, actor_name};
 use crate::snapshot::node::{Draft, NodeSnapshot as Local, Staging, described};
 use crate::snapshot::restore::Wanted;
 use crate::snapshot::{FileKind, SnapshotError, Source, check_name, unix_ms, volume};
-use crate::worker::{View, Worker};
+use crate::worker::{Client, View, Worker};
 
 /// Room that a checkpoint needs besides the actor's memory and volumes, bytes.
 const CHECKPOINT_BYTES: u64 = 32 << 20;
@@ -74,27 +72,42 @@ impl Node {
             return Ok(CheckpointResponse { snapshot: Some(found.to_proto()), steps: Vec::new() });
         }
         let worker = self.worker(&assignment.worker_id)?;
-        let (view, mut client) = worker.up(WORKER_WAIT).await?;
+        let (view, client) = worker.up(WORKER_WAIT).await?;
         let stop = request.mode() == Mode::Stop;
         let mut steps = Steps::begin();
-        let staging = self.checkpoint_directory(worker, &view, assignment, request).await?;
-        steps.done("prepare");
         let time_ms = unix_ms();
-        let answered = client
-            .checkpoint(ateom_proto::CheckpointRequest {
-                assignment: Some(assignment.clone()),
-                directory: staging.files_dir().display().to_string(),
-                mode: request.mode,
-                only_if_idle: request.only_if_idle,
-                drain_ms: request.drain_ms,
-            })
-            .await;
-        let response = match answered {
-            Ok(response) => response.into_inner(),
-            Err(status) => {
-                let error = self.failed(worker, &view, "a checkpoint", &status, answers::checkpoint).await;
+        // Begun before this process: the ateom joins it, or answers what it made. A directory that it refuses is of an
+        // attempt that came to nothing.
+        let mut begun = None;
+        if let Some(staging) = self.snapshots.unfinished(&uid, &id) {
+            tracing::info!(
+                snapshot = id,
+                worker = worker.id,
+                "picking up a checkpoint that was begun before"
+            );
+            match self.ask_checkpoint(worker, &view, client.clone(), assignment, request, &staging).await {
+                Err(NodeError::Ateom { reason, .. }) if reason == "DIRECTORY" => {
+                    crate::blocking(move || staging.discard()).await;
+                }
+                answer => begun = Some((answer, staging)),
+            }
+        }
+        let (answer, staging) = if let Some(begun) = begun {
+            begun
+        } else {
+            let staging = self.stage_checkpoint(worker, &view, assignment, stop, &id).await?;
+            steps.done("prepare");
+            (self.ask_checkpoint(worker, &view, client, assignment, request, &staging).await, staging)
+        };
+        let response = match answer {
+            Ok(response) => response,
+            Err(error) => {
                 // With the outcome unknown, the directory may yet become a snapshot.
-                if !answers::is_transport(&status) || matches!(error, NodeError::WorkerLost { .. }) {
+                let unknown = matches!(
+                    &error,
+                    NodeError::Ateom { code: Code::Unavailable | Code::Unknown | Code::Cancelled, .. }
+                );
+                if !unknown {
                     crate::blocking(move || staging.discard()).await;
                 }
                 return Err(error);
@@ -105,64 +118,59 @@ impl Node {
             tracing::warn!(%error, "a late start would not be recognised after a restart of this process");
         }
         let draft = Draft {
-            snapshot_id: id.clone(),
+            snapshot_id: id,
             actor_uid: uid.clone(),
             generation: assignment.generation,
             time_ms,
             memory_bytes: response.memory_bytes,
             compatibility: response.compatibility.unwrap_or_default(),
         };
-        let mut files = described(&response.files);
+        let files = described(&response.files);
         let node = Arc::clone(self);
-        let made = crate::blocking(move || {
-            match node.archive_volumes(&staging, &draft.actor_uid, stop) {
-                Ok(volumes) => files.extend(volumes),
-                Err(error) => {
-                    staging.discard();
-                    return Err(error);
-                }
-            }
-            let made = node.snapshots.commit(staging, draft, &files)?;
-            if stop {
-                node.places.volumes_are_at(&made.record.actor_uid, &made);
-            }
-            if let Err(error) = node.snapshots.discard_unfinished(&made.record.actor_uid, "") {
-                tracing::warn!(%error, "unfinished checkpoints stay behind");
-            }
-            Ok::<_, NodeError>(made)
-        })
-        .await?;
+        let made = crate::blocking(move || node.record(staging, &draft, &files, stop)).await?;
         steps.done("record");
         if stop {
             self.release_images(assignment);
-            let (node, uid) = (Arc::clone(self), uid);
+            let node = Arc::clone(self);
             crate::blocking(move || node.places.forget_secrets(&uid)).await;
         }
         Ok(CheckpointResponse { snapshot: Some(made.to_proto()), steps: steps.into_vec() })
     }
 
-    /// The directory that ateom writes into: a new one, or that of the same checkpoint begun before our restart.
-    /// Refusals here leave the actor running.
-    async fn checkpoint_directory(
+    async fn ask_checkpoint(
+        &self,
+        worker: &Worker,
+        view: &View,
+        mut client: Client,
+        assignment: &Assignment,
+        request: &CheckpointRequest,
+        staging: &Staging,
+    ) -> Result<ateom_proto::CheckpointResponse, NodeError> {
+        let asked = ateom_proto::CheckpointRequest {
+            assignment: Some(assignment.clone()),
+            directory: staging.files_dir().display().to_string(),
+            mode: request.mode,
+            only_if_idle: request.only_if_idle,
+            drain_ms: request.drain_ms,
+        };
+        match client.checkpoint(asked).await {
+            Ok(response) => Ok(response.into_inner()),
+            Err(status) => Err(self.failed(worker, view, "a checkpoint", &status, answers::checkpoint).await),
+        }
+    }
+
+    /// A new directory for a checkpoint. Refusals here leave the actor running.
+    async fn stage_checkpoint(
         self: &Arc<Self>,
         worker: &Worker,
         view: &View,
         assignment: &Assignment,
-        request: &CheckpointRequest,
+        stop: bool,
+        id: &str,
     ) -> Result<Staging, NodeError> {
-        let (uid, id) = (assignment.actor_uid.clone(), request.snapshot_id.clone());
         let here = view.assignment().is_some_and(|held| {
             held.actor_uid == assignment.actor_uid && held.generation == assignment.generation
         });
-        let runs = here && matches!(view.phase(), Phase::Running | Phase::Frozen | Phase::Starting);
-        if !runs && let Some(staging) = self.snapshots.unfinished(&uid, &id) {
-            tracing::info!(
-                snapshot = id,
-                worker = worker.id,
-                "picking up a checkpoint that was begun before"
-            );
-            return Ok(staging);
-        }
         if !here {
             return Err(NodeError::NotRunning {
                 actor: actor_name(assignment),
@@ -174,7 +182,7 @@ impl Node {
             });
         }
         let memory = view.stats.as_ref().map_or(0, |stats| stats.memory_bytes);
-        let (node, stop) = (Arc::clone(self), request.mode() == Mode::Stop);
+        let (node, uid, id) = (Arc::clone(self), assignment.actor_uid.clone(), id.to_owned());
         crate::blocking(move || {
             let volumes = node.places.volumes(&uid)?;
             if !stop && !volumes.is_empty() {
@@ -185,13 +193,54 @@ impl Node {
                 ));
             }
             let bytes: u64 = volumes.iter().map(|(_, dir)| volume::disk_bytes(dir)).sum();
-            node.disk
-                .admit("a checkpoint", CHECKPOINT_BYTES + memory + bytes)
-                .map_err(|low| NodeError::CheckpointRefused(low.to_string()))?;
+            let room = || node.disk.admit("a checkpoint", CHECKPOINT_BYTES + memory + bytes);
+            if room().is_err()
+                && let Err(error) = node.snapshots.evict(0)
+            {
+                tracing::warn!(%error, "cannot evict cached snapshots");
+            }
+            room().map_err(|low| NodeError::CheckpointRefused(low.to_string()))?;
             // Nothing was touched if this fails.
             node.snapshots.stage(&uid, &id).map_err(|error| NodeError::CheckpointRefused(error.to_string()))
         })
         .await
+    }
+
+    /// Makes a node snapshot of what an ateom wrote. The actor's memory may be nowhere else by now, so a disk that is
+    /// full gets a second chance without the cache.
+    fn record(
+        &self,
+        staging: Staging,
+        draft: &Draft,
+        files: &[(FileKind, String, u64)],
+        stop: bool,
+    ) -> Result<Local, NodeError> {
+        let attempt = || {
+            let mut files = files.to_vec();
+            files.extend(self.archive_volumes(&staging, &draft.actor_uid, stop)?);
+            Ok::<_, NodeError>(self.snapshots.commit(&staging, draft.clone(), &files)?)
+        };
+        let made = attempt().or_else(|error| {
+            tracing::warn!(%error, "a checkpoint could not be recorded; trying once more without the cache");
+            match self.snapshots.evict(0) {
+                Ok(_) => attempt(),
+                Err(_) => Err(error),
+            }
+        });
+        let made = match made {
+            Ok(made) => made,
+            Err(error) => {
+                staging.discard();
+                return Err(error);
+            }
+        };
+        if stop {
+            self.places.volumes_are_at(&made.record.actor_uid, &made);
+        }
+        if let Err(error) = self.snapshots.discard_unfinished(&made.record.actor_uid) {
+            tracing::warn!(%error, "unfinished checkpoints stay behind");
+        }
+        Ok(made)
     }
 
     fn archive_volumes(

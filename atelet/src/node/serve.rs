@@ -47,6 +47,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 const WORKER_END: Duration = Duration::from_secs(30);
 /// Uploads at the same time: each uses all cores by itself.
 const UPLOADS: usize = 2;
+/// Boots at the same time for each restore.
+const BOOTS: usize = 4;
 /// Largest message: a template with files.
 const MAX_MESSAGE: usize = 16 << 20;
 
@@ -112,7 +114,9 @@ pub async fn serve(
             uploads: Flights::default(),
             fetches: Flights::default(),
             releases: Flights::default(),
-            starts: Arc::new(Semaphore::new(config.concurrent_starts.max(1))),
+            restores: Arc::new(Semaphore::new(config.concurrent_starts.max(1))),
+            boots: Arc::new(Semaphore::new(config.concurrent_starts.max(1) * BOOTS)),
+            fetch_slots: Arc::new(Semaphore::new(cores().max(2))),
             upload_slots: Arc::new(Semaphore::new(UPLOADS)),
             config,
         }
@@ -209,12 +213,18 @@ fn settings(config: &Config) -> Settings {
 
 impl Node {
     /// News of a worker: what was lost is noted before it is told.
-    fn take_news(&self, id: &str, news: News) {
+    pub(super) fn take_news(&self, id: &str, news: News) {
         let Some(worker) = self.workers.get(id) else { return };
+        let (message, view) = (Self::worker_message(worker), worker.view());
+        // How a start ends is told by the call that asked for it.
+        let quiet = view.assignment().is_some_and(|held| self.is_starting(held));
         let lost = match &news {
             News::Lost { assignment, .. } => assignment.clone().into_iter().collect(),
             // It died while nobody watched: what was started there is in the ledger.
             News::Vacant => self.ledger.on_worker(id),
+            News::Changed if view.phase() == Phase::Lost && !quiet => {
+                view.assignment().cloned().into_iter().collect()
+            }
             _ => Vec::new(),
         };
         for assignment in &lost {
@@ -224,15 +234,14 @@ impl Node {
             }
             self.release_images(assignment);
         }
-        let (message, view) = (Self::worker_message(worker), worker.view());
         if matches!(news, News::Vacant) {
             for assignment in lost {
                 let reason = "its process was gone when the node agent started".to_owned();
                 let news = News::Lost { assignment: Some(assignment), reason };
-                self.hub.news(id, news, message.clone(), &view);
+                self.hub.news(id, news, message.clone(), &view, quiet);
             }
         } else {
-            self.hub.news(id, news, message, &view);
+            self.hub.news(id, news, message, &view, quiet);
         }
     }
 }

@@ -63,13 +63,14 @@ impl Hub {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes news of a worker; `message` and `view` are its present state.
-    pub(super) fn news(&self, worker: &str, news: News, message: atelet::Worker, view: &View) {
+    /// Takes news of a worker; `message` and `view` are its present state. `quiet`: its actor is being started, and the
+    /// answer of that call tells how it ends.
+    pub(super) fn news(&self, worker: &str, news: News, message: atelet::Worker, view: &View, quiet: bool) {
         let mut inner = self.lock();
         match news {
             News::Changed => {
                 inner.send(session_event::Event::Worker(message));
-                if let Some(event) = ended_event(worker, view) {
+                if let Some(event) = ended_event(worker, view).filter(|_| !quiet) {
                     let assignment = view.assignment().cloned().unwrap_or_default();
                     if inner.told.insert(worker.to_owned(), assignment.clone()) != Some(assignment) {
                         inner.send(event);
@@ -223,7 +224,9 @@ impl Node {
     ) -> Result<(), Status> {
         for worker in self.workers.values() {
             send(out, session_event::Event::Worker(Self::worker_message(worker))).await?;
-            if let Some(event) = ended_event(&worker.id, &worker.view()) {
+            let view = worker.view();
+            let quiet = view.assignment().is_some_and(|held| self.is_starting(held));
+            if let Some(event) = ended_event(&worker.id, &view).filter(|_| !quiet) {
                 send(out, event).await?;
             }
         }

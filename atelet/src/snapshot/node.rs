@@ -6,7 +6,7 @@
 //!                           /local.json      what this node knows of it: stat of each file, uses; not durable
 //!                           /files/…         of ateom
 //!                           /volumes/<name>  archives
-//! snapshots/<uid>/.new-<snapshot>/           being made by a checkpoint
+//! snapshots/<uid>/.new-<snapshot>~<random>/  being made by a checkpoint
 //! snapshots/<uid>/.get-…, .gone-…            being fetched, being removed
 //! ```
 //!
@@ -24,7 +24,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -288,7 +288,9 @@ impl NodeSnapshots {
     /// # Errors
     /// [`SnapshotError::Io`]; nothing is left.
     pub fn stage(&self, uid: &str, snapshot: &str) -> Result<Staging, SnapshotError> {
-        self.staging(uid, snapshot, &format!(".new-{snapshot}"))
+        // Never the directory of an earlier attempt: an ateom that is asked for the same one again answers what it
+        // wrote there before.
+        self.staging(uid, snapshot, &format!(".new-{snapshot}~{}", uuid::Uuid::new_v4().simple()))
     }
 
     /// Begins a fetch from the blob store.
@@ -303,7 +305,8 @@ impl NodeSnapshots {
         let dir = self.dir(uid, snapshot)?.with_file_name(name);
         let staging = Staging { dir, snapshot_id: snapshot.to_owned() };
         let made = durable::remove_tree(&staging.dir)
-            .and_then(|()| durable::create_dir(&staging.files_dir()))
+            // Not fsynced here: the commit fsyncs every directory once, when all is in it.
+            .and_then(|()| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(staging.files_dir()))
             .and_then(|()| std::fs::write(staging.dir.join("reserve"), vec![1; RESERVE]));
         if let Err(error) = made {
             staging.discard();
@@ -314,38 +317,37 @@ impl NodeSnapshots {
 
     /// The unfinished checkpoint of this id that an earlier process left, if there is one.
     pub fn unfinished(&self, uid: &str, snapshot: &str) -> Option<Staging> {
-        let dir = self.dir(uid, snapshot).ok()?.with_file_name(format!(".new-{snapshot}"));
-        dir.is_dir().then(|| Staging { dir, snapshot_id: snapshot.to_owned() })
+        let actor = self.dir(uid, snapshot).ok()?.parent()?.to_owned();
+        let prefix = format!(".new-{snapshot}~");
+        let dir = list(&actor).ok()?.into_iter().find(|path| {
+            path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+        })?;
+        Some(Staging { dir, snapshot_id: snapshot.to_owned() })
     }
 
     /// Digests, fsyncs and records what is in `staging`, and makes it a snapshot. `described` is what ateom and the
-    /// volume archives said; anything else in the directory is removed. A failure leaves nothing.
+    /// volume archives said; anything else in the directory is removed. After a failure it can be tried again, or
+    /// discarded.
     ///
     /// # Errors
     /// [`SnapshotError::Described`] where the directory does not hold what was described, [`SnapshotError::Io`].
     pub fn commit(
         &self,
-        staging: Staging,
+        staging: &Staging,
         draft: Draft,
         described: &[(FileKind, String, u64)],
     ) -> Result<NodeSnapshot, SnapshotError> {
-        let result = self.digests(&staging, described).and_then(|files| {
-            let record = Record {
-                version: RECORD_VERSION,
-                snapshot_id: draft.snapshot_id,
-                actor_uid: draft.actor_uid,
-                generation: draft.generation,
-                time_ms: draft.time_ms,
-                memory_bytes: draft.memory_bytes,
-                compatibility: draft.compatibility,
-                files,
-            };
-            self.finish(&staging, record, Local { used_ms: unix_ms(), ..Local::default() })
-        });
-        if result.is_err() {
-            staging.discard();
-        }
-        result
+        let record = Record {
+            version: RECORD_VERSION,
+            snapshot_id: draft.snapshot_id,
+            actor_uid: draft.actor_uid,
+            generation: draft.generation,
+            time_ms: draft.time_ms,
+            memory_bytes: draft.memory_bytes,
+            compatibility: draft.compatibility,
+            files: self.digests(staging, described)?,
+        };
+        self.finish(staging, record, Local { used_ms: unix_ms(), ..Local::default() })
     }
 
     /// Makes a fetched copy a snapshot; its files were verified as they were written and are fsynced.
@@ -426,6 +428,7 @@ impl NodeSnapshots {
             crash::point();
             durable::remove_file(&staging.dir.join("reserve"))?;
             let path = staging.dir.join("record.json");
+            durable::remove_file(&path)?;
             let mut file = File::options()
                 .write(true)
                 .create_new(true)
@@ -443,7 +446,9 @@ impl NodeSnapshots {
             Self::remove(&dir)?;
             std::fs::rename(&staging.dir, &dir).map_err(durable::at("rename to", &dir))?;
             crash::point();
-            dir.parent().map_or(Ok(()), durable::sync_dir)
+            dir.parent().map_or(Ok(()), durable::sync_dir)?;
+            // The actor's directory may be new too.
+            durable::sync_dir(&self.root)
         })();
         done.map_err(SnapshotError::io(&record.snapshot_id))?;
         let snapshot = NodeSnapshot { dir, record, node_digest };
@@ -580,12 +585,11 @@ impl NodeSnapshots {
     ///
     /// # Errors
     /// [`SnapshotError::Io`].
-    pub fn discard_unfinished(&self, uid: &str, except: &str) -> Result<(), SnapshotError> {
+    pub fn discard_unfinished(&self, uid: &str) -> Result<(), SnapshotError> {
         let actor = self.root.join(check_name("actor uid", uid)?);
-        let keep = format!(".new-{except}");
         for path in list(&actor).map_err(SnapshotError::io("*"))? {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if name.starts_with(".new-") && name != keep {
+            if name.starts_with(".new-") {
                 durable::remove_tree(&path).map_err(SnapshotError::io("*"))?;
             }
         }

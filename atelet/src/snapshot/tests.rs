@@ -87,7 +87,7 @@ impl Bed {
             }
             described.push((*kind, (*name).to_owned(), *size));
         }
-        self.snapshots.commit(staging, Self::draft(id, generation), &described).unwrap()
+        self.snapshots.commit(&staging, Self::draft(id, generation), &described).unwrap()
     }
 
     fn simple(&self, id: &str, generation: u64, seed: u64) -> NodeSnapshot {
@@ -483,7 +483,7 @@ fn a_node_snapshot_is_there_completely_or_not_at_all_whenever_the_process_dies()
         },
     );
     bed.snapshots.verify(&made, Some(&made.node_digest)).unwrap();
-    bed.snapshots.discard_unfinished("u1", "").unwrap();
+    bed.snapshots.discard_unfinished("u1").unwrap();
     let names: Vec<_> = std::fs::read_dir(bed.dir.path().join("node/u1"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name())
@@ -543,15 +543,16 @@ fn what_is_described_must_be_there() {
         let staging = bed.snapshots.stage("u1", "s1").unwrap();
         std::fs::write(staging.files_dir().join("a"), b"x").unwrap();
         let described = [(FileKind::State, name.to_owned(), size)];
-        assert!(bed.snapshots.commit(staging, Bed::draft("s1", 1), &described).is_err(), "{name} {size}");
-        assert!(list_all(&bed.dir.path().join("node")).is_empty(), "a failed commit left something behind");
+        assert!(bed.snapshots.commit(&staging, Bed::draft("s1", 1), &described).is_err(), "{name} {size}");
+        staging.discard();
+        assert!(list_all(&bed.dir.path().join("node")).is_empty(), "a discarded one left something behind");
     }
     // What is not described is not kept.
     let staging = bed.snapshots.stage("u1", "s1").unwrap();
     std::fs::write(staging.files_dir().join("a"), b"x").unwrap();
     std::fs::write(staging.files_dir().join("scratch"), b"x").unwrap();
     let described = [(FileKind::State, "a".to_owned(), 1)];
-    let made = bed.snapshots.commit(staging, Bed::draft("s1", 1), &described).unwrap();
+    let made = bed.snapshots.commit(&staging, Bed::draft("s1", 1), &described).unwrap();
     assert!(!made.files_dir().join("scratch").exists());
 }
 
@@ -577,7 +578,7 @@ fn a_full_disk_leaves_nothing() {
         size += 4096;
     }
     file.set_len(size).unwrap();
-    let made = snapshots.commit(staging, Bed::draft("s1", 1), &[(FileKind::State, "a".into(), size)]);
+    let made = snapshots.commit(&staging, Bed::draft("s1", 1), &[(FileKind::State, "a".into(), size)]);
     // With it there, nothing else fits.
     let second = snapshots.stage("u1", "s2").map(drop);
     let left = std::fs::read_dir(dir.path().join("node/u1")).unwrap().count();

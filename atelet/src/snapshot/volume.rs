@@ -14,12 +14,13 @@ use crate::durable;
 
 const TOP: &str = "volume";
 
-/// Writes the archive of `dir` to the new file `archive`, fsyncs it, and returns its size in bytes.
+/// Writes the archive of `dir` to the new file `archive` and returns its size in bytes. It is not fsynced: the commit of
+/// the snapshot does that.
 ///
 /// # Errors
 /// The system's, naming the path; the file may be left.
 pub fn pack(dir: &Path, archive: &Path) -> io::Result<u64> {
-    archive.parent().map_or(Ok(()), durable::create_dir)?;
+    archive.parent().map_or(Ok(()), std::fs::create_dir_all)?;
     let file = File::options()
         .write(true)
         .create_new(true)
@@ -31,7 +32,6 @@ pub fn pack(dir: &Path, archive: &Path) -> io::Result<u64> {
     let mut links = HashMap::new();
     append(&mut builder, dir, Path::new(TOP), &mut links)?;
     let file = builder.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?;
-    file.sync_all()?;
     Ok(file.metadata()?.len())
 }
 

@@ -96,12 +96,12 @@ impl Settings {
         if let Some(sha256) = &self.runsc_sha256 {
             args.extend(["--runsc-sha256".to_owned(), sha256.clone()]);
         }
-        Launch {
-            program: self.ateom.clone(),
-            args,
-            log: self.logs.join(format!("{id}.log")),
-            note: self.note(id),
-        }
+        Launch { program: self.ateom.clone(), args, log: self.log(id), note: self.note(id) }
+    }
+
+    /// What a worker says.
+    pub fn log(&self, id: &str) -> PathBuf {
+        self.logs.join(format!("{id}.log"))
     }
 
     /// Where the process of a worker is noted.
@@ -294,7 +294,10 @@ impl Task {
                 }
                 Err(reason) => End::Dead(reason),
             };
-            let End::Dead(reason) = end else { return };
+            let End::Dead(mut reason) = end else { return };
+            if let Some(words) = last_words(&self.settings.log(&self.id)) {
+                reason = format!("{reason}; its log ends with: {words}");
+            }
             tracing::warn!(worker = self.id, reason, "worker lost");
             self.view.send_modify(|view| {
                 view.up = None;
@@ -386,7 +389,7 @@ impl Task {
                     return End::Dead(format!(
                         "it does not answer (pid {}): {error}; see {}",
                         pid,
-                        self.settings.logs.join(format!("{}.log", self.id)).display()
+                        self.settings.log(&self.id).display()
                     ));
                 }
             };
@@ -453,6 +456,19 @@ impl Task {
             pause = (pause * 2).min(Duration::from_millis(200));
         }
     }
+}
+
+/// The last line of a log, shortened.
+fn last_words(log: &Path) -> Option<String> {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::open(log).ok()?;
+    let size = file.metadata().ok()?.len();
+    let length = size.min(4096);
+    let mut tail = vec![0; length as usize];
+    file.read_exact_at(&mut tail, size - length).ok()?;
+    let text = String::from_utf8_lossy(&tail);
+    let line = text.lines().map(str::trim).rfind(|line| !line.is_empty())?;
+    Some(line.chars().take(300).collect())
 }
 
 /// Connects to an ateom and begins to watch it.

@@ -417,8 +417,12 @@ async fn a_checkpoint_survives_the_end_of_the_agent() {
         let mut client = node.client.clone();
         let request = checkpoint(&own, "s1", Mode::Stop);
         let pending = tokio::spawn(async move { client.checkpoint(request).await });
-        let staging = machine.config.dir.join(format!("snapshots/{uid}/.new-s1/files/pages.img"));
-        wait_for(|| staging.exists()).await;
+        let written = || {
+            let staged =
+                std::fs::read_dir(machine.config.dir.join("snapshots").join(&uid)).into_iter().flatten();
+            staged.flatten().any(|staged| staged.path().join("files/pages.img").exists())
+        };
+        wait_for(written).await;
         pending.abort();
         node.kill();
         if !before_the_answer {
