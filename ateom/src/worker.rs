@@ -195,10 +195,11 @@ pub fn claim(config: Config) -> anyhow::Result<Claimed> {
         )
     })?;
     let cgroup = Cgroup::at(&Hierarchy::detect()?, &config.cgroup);
-    clear_predecessor(&config, &cgroup)?;
+    // Joined first: clearing kills every group that this process is not in.
     let own = cgroup.child(OWN_GROUP);
     own.ensure()?;
     own.add(0)?;
+    clear_predecessor(&config, &cgroup)?;
     // Mount points are made with it, and every user of a container must reach them.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read RLIMIT_NOFILE")?;
