@@ -37,8 +37,10 @@ use crate::progress::Spinner;
 use config::Settings;
 use parts::Parts;
 
-/// How long workers may take to come up before that is said and the start goes on.
-const WORKERS_PATIENCE: Duration = Duration::from_mins(1);
+/// How long the first worker may take to come up; without one nothing can run.
+const FIRST_WORKER: Duration = Duration::from_mins(1);
+/// How long the others may take after it before that is said and the start goes on without them.
+const OTHER_WORKERS: Duration = Duration::from_secs(10);
 
 /// `substrate up`.
 pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
@@ -193,8 +195,15 @@ async fn start(
     tokio::select! {
         alive = workers_alive(control.clone(), settings.workers) => {
             let alive = alive?;
+            let logs = settings.dir.join("logs/workers");
+            if alive == 0 {
+                return Err(Failure::general(format!("no worker came up within {} s", FIRST_WORKER.as_secs()))
+                    .with_way_out(format!("see why in {}", logs.display())));
+            }
             if alive < settings.workers {
                 tracing::warn!(alive, wanted = settings.workers, "not all workers are there yet; going on");
+                let wanted = settings.workers;
+                note(&format!("substrate: {alive} of {wanted} workers are there so far; see {}", logs.display()));
             }
         }
         failure = parts.failed() => return Err(failure),
@@ -222,14 +231,14 @@ async fn start(
     Ok((info, control))
 }
 
-/// Follows the workers until all are alive, or patience ends; how many are.
+/// Follows the workers until all are alive, or their time is over; how many are.
 async fn workers_alive(mut control: Control, wanted: u32) -> Result<u32, Failure> {
     let request =
         api::WatchRequest { from_revision: 0, kinds: vec!["worker".into()], atespace: String::new() };
     let mut stream = control.watch(request).await?.into_inner();
     let mut alive = std::collections::HashSet::new();
     let mut spinner = Spinner::new("starting workers");
-    let give_up = tokio::time::sleep(WORKERS_PATIENCE);
+    let give_up = tokio::time::sleep(FIRST_WORKER);
     tokio::pin!(give_up);
     spinner.show();
     while (alive.len() as u32) < wanted {
@@ -240,6 +249,9 @@ async fn workers_alive(mut control: Control, wanted: u32) -> Result<u32, Failure
         match message.and_then(|message| message.change) {
             Some(api::watch_response::Change::Worker(worker)) => {
                 if worker.alive {
+                    if alive.is_empty() {
+                        give_up.as_mut().reset(tokio::time::Instant::now() + OTHER_WORKERS);
+                    }
                     alive.insert(worker.id);
                 } else {
                     alive.remove(&worker.id);
