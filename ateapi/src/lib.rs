@@ -44,6 +44,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Largest request: a template, or an actor with its files.
 const MAX_REQUEST: usize = 4 << 20;
+/// How long answers may take once the control plane is told to stop.
+const LAST_ANSWERS: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Why the control plane could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -116,17 +118,22 @@ pub async fn serve(
     let _ = ready.send(());
     // Watches and execs end with the engine, so that serving does not wait for clients that never leave.
     let stopping = Arc::clone(&engine);
+    let overdue = shutdown.clone();
     let signal = async move {
         shutdown.cancelled().await;
         stopping.stop().await;
     };
-    let served = tonic::transport::Server::builder()
+    let server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(20)))
         .add_service(control)
         .add_service(health)
         .add_service(reflection)
-        .serve_with_incoming_shutdown(incoming, signal)
-        .await;
+        .serve_with_incoming_shutdown(incoming, signal);
+    let served = tokio::select! {
+        served = server => served,
+        // A client that keeps its connection and does not read would hold the end up.
+        () = async { overdue.cancelled().await; tokio::time::sleep(LAST_ANSWERS).await } => Ok(()),
+    };
     engine.stop().await;
     store.close().await;
     Ok(served?)

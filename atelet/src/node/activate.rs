@@ -237,7 +237,16 @@ impl Node {
                 .map(|response| response.into_inner().steps),
         };
         match answered {
-            Ok(inner) => steps.include("ateom", inner),
+            Ok(inner) => {
+                steps.include("ateom", inner);
+                // Release and the lease go by the view: it has to show what runs before anyone is told that it does.
+                worker
+                    .wait_for(WORKER_WAIT, |view| {
+                        view.up.is_none() || view.assignment().is_some_and(|held| held == assignment)
+                    })
+                    .await;
+                steps.done("seen");
+            }
             Err(status) => return Err(self.failed(worker, view, "a start", &status, answers::start).await),
         }
         Ok(ActivateResponse {
@@ -475,7 +484,11 @@ impl Node {
 
     /// Kills an assignment on a worker and returns when it is gone: by the ateom, or by the fence.
     async fn terminate(&self, worker: &Worker, assignment: &Assignment) -> Result<(), NodeError> {
-        let (view, mut client) = worker.up(CLEAR).await?;
+        worker.wait_for(CLEAR, |view| view.up.is_some() || view.vacant).await;
+        if worker.view().vacant {
+            return Ok(());
+        }
+        let (view, mut client) = worker.up(WORKER_WAIT).await?;
         let request = TerminateRequest { assignment: Some(assignment.clone()) };
         match client.terminate(request).await {
             Ok(_) => {
@@ -516,10 +529,16 @@ impl Node {
                 let past =
                     |life: &(String, u64)| life.0 == assignment.actor_uid && life.1 <= assignment.generation;
                 node.activations.cancel(past).await;
-                for (worker, held) in node.holding(&assignment.actor_uid) {
+                let holding = node.holding(&assignment.actor_uid);
+                for (worker, held) in &holding {
                     if held.generation <= assignment.generation {
-                        node.terminate(worker, &held).await?;
+                        node.terminate(worker, held).await?;
                     }
+                }
+                // A view may be older than a start that was cancelled just now: the worker itself is asked.
+                let named = node.workers.get(&assignment.worker_id);
+                if let Some(worker) = named.filter(|named| holding.iter().all(|(worker, _)| worker.id != named.id)) {
+                    node.terminate(worker, &assignment).await?;
                 }
                 node.release_images(&assignment);
                 let latest = node.ledger.get(&assignment.actor_uid);

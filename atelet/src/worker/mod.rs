@@ -27,7 +27,8 @@ use ateom::cgroup::{Cgroup, Hierarchy};
 use substrate_proto::ateom::ateom_client::AteomClient;
 use substrate_proto::ateom::slot_status::Phase;
 use substrate_proto::ateom::{
-    GetCapabilitiesRequest, GetCapabilitiesResponse, Notice, SlotStatus, Stats, WatchRequest, slot_event,
+    GetCapabilitiesRequest, GetCapabilitiesResponse, GetStatusRequest, Notice, SlotStatus, Stats,
+    WatchRequest, slot_event,
 };
 use substrate_proto::types::Assignment;
 use tokio::sync::watch;
@@ -46,6 +47,8 @@ use process::{Launch, Process};
 const FENCE: Duration = Duration::from_secs(30);
 /// How long a worker whose process lives may be unreachable before it is killed: it would not enforce its lease.
 const SILENCE: Duration = Duration::from_secs(30);
+/// How long a worker may take to answer whether it lives.
+const PROBE: Duration = Duration::from_secs(2);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 /// A connection to an ateom.
@@ -148,6 +151,8 @@ pub type Listener = Arc<dyn Fn(&str, News) + Send + Sync>;
 pub struct View {
     /// Raised by each fence: two views with the same number are of the same process.
     pub fences: u64,
+    /// Its control group was seen empty, and no process that could have been given an actor came up since.
+    pub vacant: bool,
     /// Set while it answers.
     pub up: Option<Up>,
     /// The last status; kept while it is down, for what was in it.
@@ -187,6 +192,7 @@ pub struct Worker {
     pub id: String,
     /// Pool it belongs to.
     pub pool: String,
+    socket: PathBuf,
     view: watch::Receiver<View>,
 }
 
@@ -202,6 +208,7 @@ impl Worker {
     ) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, view) =
             watch::channel(View { trouble: "it is being started".into(), ..View::default() });
+        let socket = settings.socket(id);
         let task = Task {
             group: settings.group(hierarchy, id),
             settings,
@@ -212,7 +219,7 @@ impl Worker {
             stop,
         };
         let handle = tokio::spawn(task.run());
-        (Self { id: id.to_owned(), pool: pool.to_owned(), view }, handle)
+        (Self { id: id.to_owned(), pool: pool.to_owned(), socket, view }, handle)
     }
 
     /// Now.
@@ -240,15 +247,26 @@ impl Worker {
         matches!(timeout(limit, self.view.clone().wait_for(condition)).await, Ok(Ok(_)))
     }
 
-    /// After a call failed: why, if the worker was lost since `before` was seen, once it is fenced. `None` when it
-    /// answers and is the same.
+    /// After a call failed: why, if the worker was lost since `before` was seen, once it is fenced. `None` when the same
+    /// process answers.
     pub async fn fenced_since(&self, before: &View) -> Option<String> {
         let mut watching = self.view.clone();
-        let waiting = watching.wait_for(|view| view.fences != before.fences || view.up.is_some());
-        match timeout(SILENCE + FENCE, waiting).await {
-            Ok(Ok(view)) if view.fences == before.fences => None,
-            Ok(Ok(view)) => Some(view.trouble.clone()),
-            _ => Some("it does not answer and could not be fenced yet".to_owned()),
+        let deadline = Instant::now() + SILENCE + FENCE;
+        loop {
+            let now = watching.borrow_and_update().clone();
+            if now.fences != before.fences {
+                return Some(now.trouble);
+            }
+            // What the view says may be older than the failure: the process itself is asked. Its socket answers only
+            // while it lives, and no other is started before the fence.
+            if timeout(PROBE, probe(&self.socket)).await.is_ok_and(|answered| answered) {
+                return None;
+            }
+            if Instant::now() >= deadline {
+                return Some("it does not answer and could not be fenced yet".to_owned());
+            }
+            // A change of the view comes with the fence; the limit is for a connection that only broke.
+            let _ = timeout(PROBE, watching.changed()).await;
         }
     }
 }
@@ -310,6 +328,7 @@ impl Task {
             let assignment = self.view.borrow().assignment().cloned();
             self.view.send_modify(|view| {
                 view.fences += 1;
+                view.vacant = true;
                 view.slot = None;
                 view.stats = None;
                 view.trouble = format!("{reason}; it is being started again");
@@ -354,6 +373,7 @@ impl Task {
         if !self.fence().await {
             return Err("the node agent is stopping".to_owned());
         }
+        self.view.send_modify(|view| view.vacant = true);
         if self.view.borrow().fences == 0 {
             (self.listener)(&self.id, News::Vacant);
         }
@@ -369,8 +389,10 @@ impl Task {
             group.ensure().map_err(|error| error.to_string())?;
             let mut process = Process::start(&launch).map_err(|error| error.to_string())?;
             if let Err(error) = group.add(process.identity.pid as u32) {
+                // One that has ended already cannot be moved, and says more by how it ended.
+                let reason = process.has_ended().unwrap_or_else(|| error.to_string());
                 process.kill();
-                return Err(error.to_string());
+                return Err(reason);
             }
             Ok(process)
         })
@@ -400,6 +422,7 @@ impl Task {
                         Some(slot_event::Event::Status(status)) => {
                             self.view.send_modify(|view| {
                                 view.slot = Some(status);
+                                view.vacant = false;
                                 // It is up once its slot is known.
                                 if let Some(up) = up.take() {
                                     view.up = Some(up);
@@ -456,6 +479,12 @@ impl Task {
             pause = (pause * 2).min(Duration::from_millis(200));
         }
     }
+}
+
+/// Whether an ateom answers on a socket.
+async fn probe(socket: &Path) -> bool {
+    let Ok(mut client) = dial(socket).await else { return false };
+    client.get_status(GetStatusRequest {}).await.is_ok()
 }
 
 /// The last line of a log, shortened.

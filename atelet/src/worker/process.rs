@@ -100,8 +100,13 @@ impl Process {
         let started = (|| {
             let pid = child.id() as i32;
             let pidfd = ateom::sys::pidfd_open(pid)?;
-            let start_time = start_time(pid)
-                .ok_or_else(|| io::Error::other(format!("{} ended at once", launch.program.display())))?;
+            let Some(start_time) = start_time(pid) else {
+                let status = child.wait()?;
+                return Err(io::Error::other(format!(
+                    "{} ended at once: {status}",
+                    launch.program.display()
+                )));
+            };
             let identity = Identity { pid, start_time, boot_id: boot_id()? };
             // Not fsynced: it is of use only as long as the machine runs.
             let text = serde_json::to_vec(&identity)?;
@@ -146,13 +151,20 @@ impl Process {
         match self.pidfd.readable().await {
             // Readable stays readable: the next call returns at once.
             Ok(mut ready) => ready.retain_ready(),
-            Err(error) => return format!("it cannot be watched: {error}"),
+            // The runtime is being shut down. Taken for an end, it would get a healthy worker killed.
+            Err(_) => std::future::pending().await,
         }
         match self.child.as_mut().map(Child::try_wait) {
             Some(Ok(Some(status))) => format!("its process ended: {status}"),
             Some(Err(error)) => format!("its process ended ({error})"),
             _ => "its process ended".to_owned(),
         }
+    }
+
+    /// How the process ended, if it has and is our child.
+    pub fn has_ended(&mut self) -> Option<String> {
+        let status = self.child.as_mut()?.try_wait().ok()??;
+        Some(format!("its process ended: {status}"))
     }
 
     /// Kills the process itself, in case it is not in its control group.

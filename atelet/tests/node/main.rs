@@ -451,3 +451,24 @@ async fn a_checkpoint_survives_the_end_of_the_agent() {
         node.stop().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_cannot_start_says_why_and_holds_nobody_up() {
+    let Some(mut machine) = Machine::new(1) else { return };
+    let program = machine.dir.path().join("broken-ateom");
+    std::fs::write(&program, "#!/bin/sh\necho no runsc at /opt/runsc: install it\nexit 3\n").unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    machine.config.ateom_binary = program;
+    let mut node = machine.start(&[]).await;
+    let told = node.session.until("the loss", |told| !told.lost.is_empty()).await;
+    assert_eq!(told.lost[0].assignment, None);
+    for words in ["exit status: 3", "no runsc at /opt/runsc: install it"] {
+        assert!(told.lost[0].reason.contains(words), "{}", told.lost[0].reason);
+    }
+    let first = assignment("u1", 1, "w1");
+    let error = node.client.activate(machine.activate(&first)).await.unwrap_err();
+    assert!(error.code() == Code::Internal && error.message().contains("install it"), "{error}");
+    // Nothing of it can be there.
+    node.client.release(release(&first)).await.unwrap();
+    node.stop().await;
+}
