@@ -162,7 +162,7 @@ pub enum NodeError {
     #[error(transparent)]
     Key(#[from] KeyError),
     /// An image cannot be had.
-    #[error("container {container}: {source}")]
+    #[error("{}{source}", if container.is_empty() { String::new() } else { format!("container {container}: ") })]
     Image {
         /// Whose image; empty outside an activation.
         container: String,

@@ -32,6 +32,7 @@ pub(crate) struct Stub {
     pub(crate) egress: Mutex<HashMap<String, (u64, types::EgressPolicy)>>,
     names: Mutex<Vec<String>>,
     pub(crate) denials: Mutex<Vec<Denial>>,
+    pub(crate) fallbacks: Mutex<Vec<ReportFallbackRequest>>,
     /// Every call fails as if the control plane were away.
     pub(crate) away: AtomicBool,
     watching: tokio::sync::watch::Sender<usize>,
@@ -52,6 +53,7 @@ impl Stub {
             egress: Mutex::default(),
             names: Mutex::default(),
             denials: Mutex::default(),
+            fallbacks: Mutex::default(),
             away: AtomicBool::new(false),
             watching: tokio::sync::watch::Sender::new(0),
         });
@@ -252,6 +254,15 @@ macro_rules! unused {
                 self.0.here()?;
                 self.0.denials.lock().unwrap().extend(request.into_inner().denials);
                 Ok(Response::new(ReportDenialsResponse {}))
+            }
+
+            async fn report_fallback(
+                &self,
+                request: Request<ReportFallbackRequest>,
+            ) -> Result<Response<ReportFallbackResponse>, Status> {
+                self.0.here()?;
+                self.0.fallbacks.lock().unwrap().push(request.into_inner());
+                Ok(Response::new(ReportFallbackResponse {}))
             }
 
             async fn exec_actor(

@@ -3,6 +3,7 @@
 
     GET /  or  POST /    counts up: {"count": 4, "nonce": "9f0c…"}
     GET /peek            the same without counting
+    GET /watch           the same as server-sent events, ten a second
     GET /healthz         "ok", the readiness probe
 
 The nonce is drawn once when the process starts. A count that goes on under the
@@ -16,6 +17,7 @@ import signal
 import socketserver
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -47,7 +49,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers the four routes above."""
+    """Answers the routes above."""
 
     protocol_version = "HTTP/1.1"
     server_version = "counter"
@@ -72,10 +74,27 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(200, self.server.counter.add(1))
         elif path == "/peek":
             self._reply(200, self.server.counter.add(0))
+        elif path == "/watch":
+            self._watch()
         elif path == "/healthz":
             self._reply(200, "ok")
         else:
-            self._reply(404, {"error": f"no such path: {path}; try /, /peek or /healthz"})
+            self._reply(404, {"error": f"no such path: {path}; try /, /peek, /watch or /healthz"})
+
+    def _watch(self):
+        """Streams until the client goes."""
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(f"data: {json.dumps(self.server.counter.add(0))}\n\n".encode())
+                self.wfile.flush()
+                time.sleep(0.1)
+        except OSError:
+            pass  # The client has gone.
 
     def _reply(self, status, value):
         text = value if isinstance(value, str) else json.dumps(value)

@@ -50,6 +50,19 @@ class CounterTest(unittest.TestCase):
             thread.join()
         self.assertEqual(loads(self.call("GET", "/peek")[1])["count"], 20)
 
+    def test_watch_streams_the_count_until_the_client_goes(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=5)
+        self.addCleanup(connection.close)
+        connection.request("GET", "/watch")
+        response = connection.getresponse()
+        self.assertEqual(response.getheader("content-type"), "text/event-stream")
+        self.assertIn(b'"count": 0', response.readline())
+        self.call("GET", "/")
+        for _ in range(40):
+            if b'"count": 1' in response.readline():
+                return
+        self.fail("the stream never showed the new count")
+
     def test_health_and_unknown_paths(self):
         self.assertEqual(self.call("GET", "/healthz"), (200, b"ok\n"))
         self.assertEqual(self.call("GET", "/other")[0], 404)

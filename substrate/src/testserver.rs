@@ -306,6 +306,7 @@ impl Control for Service {
         get_egress(api::GetEgressRequest) -> api::GetEgressResponse;
         bind_egress_name(api::BindEgressNameRequest) -> api::EgressName;
         report_denials(api::ReportDenialsRequest) -> api::ReportDenialsResponse;
+        report_fallback(api::ReportFallbackRequest) -> api::ReportFallbackResponse;
         suspend_all(api::SuspendAllRequest) -> api::SuspendAllResponse;
     }
 }

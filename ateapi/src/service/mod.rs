@@ -27,6 +27,8 @@ use crate::store::{self, EventQuery, Kind, Query, Tx};
 const PAGES_PER_LIST: usize = 20;
 /// Denials taken in one call.
 const MAX_DENIALS: usize = 100;
+/// Longest reason of a report that becomes part of an event, characters.
+const MAX_REASON: usize = 500;
 
 /// The service.
 #[derive(Clone)]
@@ -666,6 +668,38 @@ impl Control for ControlService {
             self.engine.store.commit(tx).await.map_err(CallError::from)?;
         }
         Ok(Response::new(ateapi::ReportDenialsResponse {}))
+    }
+
+    async fn report_fallback(
+        &self,
+        request: Request<ateapi::ReportFallbackRequest>,
+    ) -> Answered<ateapi::ReportFallbackResponse> {
+        let report = request.into_inner();
+        model::uid("actor_uid", &report.actor_uid).map_err(invalid)?;
+        let actor = self.engine.lookup(&ActorKey::Uid(report.actor_uid.into())).await?;
+        let replies = report.replies.max(1);
+        let reason: String = report.reason.chars().take(MAX_REASON).collect();
+        let tx = Tx {
+            events: vec![EventDraft {
+                kind: "actor".to_owned(),
+                atespace: actor.atespace,
+                subject: actor.name,
+                subject_uid: actor.uid.0,
+                reason: "DurabilityFellBack".to_owned(),
+                message: format!(
+                    "{replies} replies went out before their checkpoint (ate-durability: async): {reason}"
+                ),
+                warning: true,
+                metadata: BTreeMap::from([
+                    ("replies".to_owned(), replies.to_string()),
+                    ("generation".to_owned(), report.generation.to_string()),
+                ]),
+                time_ms: self.engine.clock.wall_ms(),
+            }],
+            ..Tx::default()
+        };
+        self.engine.store.commit(tx).await.map_err(CallError::from)?;
+        Ok(Response::new(ateapi::ReportFallbackResponse {}))
     }
 
     async fn suspend_all(

@@ -200,6 +200,25 @@ async fn denials_are_events_of_their_actor() {
     assert_eq!(events[0].metadata["destination"], "evil.example.com:443");
 }
 
+#[tokio::test(start_paused = true)]
+async fn replies_without_their_checkpoint_are_an_event_of_their_actor() {
+    let h = Harness::new(&[1]).await;
+    let uid = h.running("alice").await;
+    let report = ateapi::ReportFallbackRequest {
+        actor_uid: uid.0.clone(),
+        generation: 1,
+        reason: "no checkpoint within 2s".into(),
+        replies: 3,
+    };
+    service(&h).report_fallback(Request::new(report.clone())).await.unwrap();
+    let events = h.events("DurabilityFellBack").await;
+    assert_eq!((events.len(), events[0].subject.as_str(), events[0].warning), (1, "alice", true));
+    assert!(events[0].message.contains("3 replies") && events[0].message.contains("within 2s"));
+    let gone = ateapi::ReportFallbackRequest { actor_uid: "gone".into(), ..report };
+    let status = service(&h).report_fallback(Request::new(gone)).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+}
+
 /// `atelet.v1.Node` over the stub.
 struct Served(Stub);
 

@@ -4,7 +4,7 @@
 //! * no policy, `async`: the reply streams; `async` asks for a checkpoint when it is complete.
 //! * `sync`, up to 64 KiB: held whole, so that the header `ate-durability` is right.
 //! * `sync`, longer: streams one block behind; the last block and the end are held, `ate-durability` is a trailer.
-//! * `sync`, `text/event-stream`: events pass at once (each is useless late); only the end is held.
+//! * `sync`, `text/event-stream` or JSON by the line: events pass at once (each is useless late); only the end is held.
 //!
 //! A reply that must not be released is answered 502 when its head is still here, else the client's connection is
 //! cut before its end.
@@ -20,7 +20,7 @@ use http::{Response, Version};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use substrate_proto::ateapi::{ActorRef, ActorState, CheckpointActorRequest};
+use substrate_proto::ateapi::{ActorRef, ActorState, CheckpointActorRequest, ReportFallbackRequest};
 use substrate_proto::atenet::IngressOpen;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -42,6 +42,8 @@ const HELD_WHOLE: usize = 64 << 10;
 pub(crate) const DURABILITY: HeaderName = HeaderName::from_static("ate-durability");
 const SYNC: HeaderValue = HeaderValue::from_static("sync");
 const ASYNC: HeaderValue = HeaderValue::from_static("async");
+/// Replies that fall back within this time are one event.
+const TOLD_TOGETHER: Duration = Duration::from_secs(1);
 /// tcpmux: never in use.
 const PROBE_PORT: u32 = 1;
 /// How long the worker may take to say whether it still holds the copy.
@@ -53,11 +55,34 @@ pub(crate) struct Checkpoints {
     routes: Arc<Routes>,
     /// Actors whose `async` checkpoint is under way, and whether another reply came meanwhile.
     running: Mutex<HashMap<String, bool>>,
+    /// Actors of whom replies that fell back are yet to be told, and how many.
+    fallbacks: Mutex<HashMap<String, u32>>,
 }
 
 impl Checkpoints {
     pub(crate) fn new(control: Control, routes: Arc<Routes>) -> Arc<Self> {
-        Arc::new(Self { control, routes, running: Mutex::default() })
+        Arc::new(Self { control, routes, running: Mutex::default(), fallbacks: Mutex::default() })
+    }
+
+    /// Tells the control plane of a reply that fell back; those within a moment are told together.
+    fn fell_back(self: &Arc<Self>, hold: &Hold, reason: String) {
+        let mut fallbacks = self.fallbacks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(replies) = fallbacks.get_mut(&hold.uid) {
+            *replies += 1;
+            return;
+        }
+        fallbacks.insert(hold.uid.clone(), 1);
+        drop(fallbacks);
+        let (this, actor_uid, generation) = (self.clone(), hold.uid.clone(), hold.generation);
+        tokio::spawn(async move {
+            tokio::time::sleep(TOLD_TOGETHER).await;
+            let replies = this.fallbacks.lock().unwrap_or_else(PoisonError::into_inner).remove(&actor_uid);
+            let request =
+                ReportFallbackRequest { actor_uid, generation, reason, replies: replies.unwrap_or(1) };
+            if let Err(error) = this.control.clone().report_fallback(request).await {
+                tracing::warn!(%error, "cannot tell the control plane of replies that fell back to async");
+            }
+        });
     }
 
     /// Asks for one without waiting; those asked for while one is under way become one more.
@@ -133,7 +158,7 @@ impl Checkpoints {
     }
 
     /// Holds a complete reply until it may go. `Ok(true)`: sync, `Ok(false)`: async, `Err`: never.
-    async fn settle(&self, hold: &Hold, route: &Route) -> Result<bool, String> {
+    async fn settle(self: &Arc<Self>, hold: &Hold, route: &Route) -> Result<bool, String> {
         let complete = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(200));
         loop {
@@ -151,6 +176,7 @@ impl Checkpoints {
                         actor = %route.key, generation = hold.generation, %reason,
                         "checkpoint.onReply fell back to async"
                     );
+                    self.fell_back(hold, reason.to_string());
                     return Ok(false);
                 }
                 Next::Withhold(reason) => {
@@ -324,11 +350,34 @@ pub(crate) fn strip_ate(headers: &mut HeaderMap) {
     }
 }
 
+/// Types whose readers act on each part as it comes: server-sent events, and JSON by the line (model servers).
+const EVENT_STREAMS: [&str; 5] = [
+    "text/event-stream",
+    "application/x-ndjson",
+    "application/ndjson",
+    "application/jsonl",
+    "application/json-seq",
+];
+
 fn is_event_stream(headers: &HeaderMap) -> bool {
-    headers
-        .get(CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .is_some_and(|value| value.trim_start().to_ascii_lowercase().starts_with("text/event-stream"))
+    let kind = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = kind.split(';').next().unwrap_or_default().trim();
+    EVENT_STREAMS.iter().any(|known| essence.eq_ignore_ascii_case(known))
+}
+
+#[cfg(test)]
+#[test]
+fn streams_of_events_are_told_by_their_type_alone() {
+    for (kind, streams) in [
+        ("text/event-stream", true),
+        ("Text/Event-Stream; charset=utf-8", true),
+        ("application/x-ndjson", true),
+        ("application/json", false),
+        ("text/event-streams", false),
+    ] {
+        let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(kind))]);
+        assert_eq!(is_event_stream(&headers), streams, "{kind}");
+    }
 }
 
 enum Collected {

@@ -14,7 +14,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
-use hyper_util::client::legacy::Client;
+use hyper::body::Incoming;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,6 +26,9 @@ use tonic::transport::Channel;
 
 /// How long anything here may take before the test fails; generous, because the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_mins(1);
+
+/// How long a test's machine may live.
+const LIFETIME: Duration = Duration::from_mins(5);
 
 /// The root of the source tree.
 pub fn workspace() -> PathBuf {
@@ -86,6 +90,21 @@ pub struct Machine {
     args: Vec<String>,
     child: Option<Child>,
     root: Option<tempfile::TempDir>,
+    /// Disarmed when it goes.
+    watchdog: std::sync::mpsc::Sender<()>,
+}
+
+/// Ends the whole test process when a machine lives too long: a test that hangs is one that failed.
+fn watchdog(dir: &Path, limit: Duration) -> std::sync::mpsc::Sender<()> {
+    let (armed, gone) = std::sync::mpsc::channel();
+    let dir = dir.to_owned();
+    std::thread::spawn(move || {
+        if gone.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("the test with its machine in {} hangs: ended after {limit:?}", dir.display());
+            std::process::abort();
+        }
+    });
+    armed
 }
 
 impl Machine {
@@ -124,8 +143,14 @@ impl Machine {
         .map(String::from)
         .to_vec();
         args.extend(more.iter().map(ToString::to_string));
+        let watchdog = watchdog(&dir, LIFETIME);
         let (child, ingress, api) = spawn(&args, &dir).await?;
-        Ok(Self { dir, ingress, api, args, child: Some(child), root })
+        Ok(Self { watchdog, dir, ingress, api, args, child: Some(child), root })
+    }
+
+    /// Lets this machine live longer than others may.
+    pub fn allow(&mut self, time: Duration) {
+        self.watchdog = watchdog(&self.dir, time);
     }
 
     /// Kills the main process with SIGKILL; its workers live on.
@@ -298,24 +323,30 @@ impl Machine {
         .with_context(|| format!("actor {name} did not become {state:?}"))?
     }
 
+    /// A client of an actor through the router.
+    ///
+    /// # Errors
+    /// When there is no token.
+    pub fn client(&self, name: &str) -> Result<Client> {
+        let token = self.cli(&["token"])?;
+        ensure!(token.status.success(), "substrate token: {}", String::from_utf8_lossy(&token.stderr));
+        Ok(Client {
+            http: hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build_http(),
+            ingress: self.ingress,
+            actor: format!("default/{name}"),
+            bearer: format!("Bearer {}", String::from_utf8(token.stdout)?.trim()),
+        })
+    }
+
     /// One request to an actor through the router: status and body.
     ///
     /// # Errors
     /// When no complete answer arrives.
     pub async fn http(&self, name: &str, method: &str, path: &str, body: &str) -> Result<(u16, String)> {
-        let token = self.cli(&["token"])?;
-        ensure!(token.status.success(), "substrate token: {}", String::from_utf8_lossy(&token.stderr));
-        let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
-        let request = http::Request::builder()
-            .method(method)
-            .uri(format!("http://{}{path}", self.ingress))
-            .header("ate-actor", format!("default/{name}"))
-            .header("ate-authorization", format!("Bearer {}", String::from_utf8(token.stdout)?.trim()))
-            .body(Full::new(Bytes::from(body.to_owned())))?;
-        let answer = tokio::time::timeout(PATIENCE, client.request(request)).await.context("no answer")??;
-        let status = answer.status().as_u16();
-        let body = answer.into_body().collect().await?.to_bytes();
-        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+        let client = self.client(name)?;
+        let answer =
+            tokio::time::timeout(PATIENCE, client.send(method, path, body)).await.context("no answer")??;
+        Ok((answer.status, answer.body))
     }
 
     /// Raises the counter of an actor: its count and nonce.
@@ -357,11 +388,89 @@ impl Drop for Machine {
                 eprintln!("ending process {pid} of the test: {error}");
             }
         }
+        // What was killed unmounted nothing.
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new) {
+            if point.starts_with(&self.dir)
+                && let Err(error) = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH)
+            {
+                eprintln!("unmounting {}: {error}", point.display());
+            }
+        }
         if let Some(root) = self.root.take()
             && let Err(error) = root.close()
         {
             eprintln!("removing the test's directory: {error}");
         }
+    }
+}
+
+/// Sends requests to one actor.
+pub struct Client {
+    http: hyper_util::client::legacy::Client<HttpConnector, Full<Bytes>>,
+    ingress: SocketAddr,
+    actor: String,
+    bearer: String,
+}
+
+/// A complete answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The header `ate-durability`.
+    pub durability: Option<String>,
+    /// All of it.
+    pub body: String,
+}
+
+impl Client {
+    async fn request(&self, method: &str, path: &str, body: &str) -> Result<http::Response<Incoming>> {
+        let request = http::Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", self.ingress))
+            .header("ate-actor", &self.actor)
+            .header("ate-authorization", &self.bearer)
+            .body(Full::new(Bytes::from(body.to_owned())))?;
+        Ok(self.http.request(request).await?)
+    }
+
+    /// Sends a request and reads its whole answer.
+    ///
+    /// # Errors
+    /// When the answer does not arrive or not to its end.
+    pub async fn send(&self, method: &str, path: &str, body: &str) -> Result<Answer> {
+        let answer = self.request(method, path, body).await?;
+        let status = answer.status().as_u16();
+        let durability = answer.headers().get("ate-durability").and_then(|value| value.to_str().ok());
+        let durability = durability.map(str::to_owned);
+        let body = answer.into_body().collect().await?.to_bytes();
+        Ok(Answer { status, durability, body: String::from_utf8_lossy(&body).into_owned() })
+    }
+
+    /// Opens an answer to be read as it comes.
+    ///
+    /// # Errors
+    /// When it is not 200.
+    pub async fn stream(&self, path: &str) -> Result<Stream> {
+        let answer = tokio::time::timeout(PATIENCE, self.request("GET", path, "")).await??;
+        ensure!(answer.status() == 200, "{path} answered {}", answer.status());
+        Ok(Stream(answer.into_body()))
+    }
+}
+
+/// An answer that is still coming.
+pub struct Stream(Incoming);
+
+impl Stream {
+    /// The next piece; `None` at the end.
+    ///
+    /// # Errors
+    /// When the connection broke.
+    pub async fn next(&mut self) -> Result<Option<String>> {
+        let Some(frame) = self.0.frame().await else { return Ok(None) };
+        let data = frame?.into_data().unwrap_or_default();
+        Ok(Some(String::from_utf8_lossy(&data).into_owned()))
     }
 }
 

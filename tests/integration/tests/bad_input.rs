@@ -185,6 +185,83 @@ async fn damaged_snapshots_are_refused_before_the_runtime_sees_them() -> Result<
     Ok(())
 }
 
+/// A disk of its own for a machine: small enough to be filled.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(mib: u32) -> Result<Self> {
+        let point = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
+        let size = format!("size={mib}m");
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("small"), point.path(), Some("tmpfs"), flags, Some(size.as_str()))?;
+        Ok(Self(point))
+    }
+
+    /// Starts a machine on it that keeps this much free.
+    async fn machine(&self, reserve_mib: u64) -> Result<Machine> {
+        let config = self.0.path().join("substrate.toml");
+        std::fs::write(&config, format!("[node]\nmin_free_bytes = {}\n", reserve_mib << 20))?;
+        let config = config.to_str().context("path")?;
+        Machine::start_in(self.0.path().join("d"), None, 1, &["--config", config]).await
+    }
+
+    /// Fills it until this much is left.
+    fn fill(&self, left_kib: u64) -> Result<()> {
+        let stat = nix::sys::statvfs::statvfs(self.0.path())?;
+        let free = stat.blocks_available() * stat.fragment_size();
+        let file = std::fs::File::create(self.0.path().join("ballast"))?;
+        let size = i64::try_from(free.saturating_sub(left_kib << 10))?;
+        nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, size)?;
+        Ok(())
+    }
+
+    fn relieve(&self) -> Result<()> {
+        Ok(std::fs::remove_file(self.0.path().join("ballast"))?)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        if let Err(error) = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH) {
+            eprintln!("unmounting the test's disk: {error}");
+        }
+    }
+}
+
+/// Suspends with this much room, which must be refused and lose nothing, and again with enough.
+async fn suspend_on_a_full_disk(reserve_mib: u64, left_kib: u64, words: &[&str]) -> Result<()> {
+    let disk = SmallDisk::new(512)?;
+    let mut machine = disk.machine(reserve_mib).await?;
+    machine.counter("full", |_| ()).await?;
+    let (count, nonce) = machine.count("full").await?;
+    disk.fill(left_kib)?;
+    let error = machine.suspend("full").await.err().context("there was no room for a snapshot")?;
+    let text = format!("{error:#}");
+    for word in words {
+        ensure!(text.contains(word), "the message lacks {word:?}: {text}");
+    }
+    ensure!(machine.count("full").await? == (count + 1, nonce.clone()), "it did not run on");
+    disk.relieve()?;
+    machine.suspend("full").await?;
+    ensure!(machine.count("full").await? == (count + 2, nonce), "the snapshot is not good");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_suspend_that_would_eat_the_reserve_is_refused() -> Result<()> {
+    suspend_on_a_full_disk(128, 64 << 10, &["MiB free", "delete actors"]).await
+}
+
+#[tokio::test]
+async fn a_disk_that_fills_up_under_a_suspend_loses_nothing() -> Result<()> {
+    suspend_on_a_full_disk(0, 4 << 10, &["space"]).await
+}
+
+#[tokio::test]
+async fn a_disk_without_a_byte_left_loses_nothing() -> Result<()> {
+    suspend_on_a_full_disk(0, 0, &["full"]).await
+}
+
 fn files(dir: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();

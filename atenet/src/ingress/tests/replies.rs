@@ -50,6 +50,19 @@ async fn a_sync_reply_falls_back_to_async_and_says_so() {
         assert_eq!(durability(&response), Some("async"));
         assert_eq!(body(response).await, "answer");
     }
+    // All of a moment are one event.
+    let told = async {
+        loop {
+            let told = std::mem::take(&mut *fixture.stub.fallbacks.lock().unwrap());
+            if !told.is_empty() {
+                break told;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let told = tokio::time::timeout(Duration::from_secs(10), told).await.unwrap();
+    assert_eq!((told.len(), told[0].actor_uid.as_str(), told[0].generation), (1, "uid-alice", 3));
+    assert!(told[0].replies >= 1 && !told[0].reason.is_empty());
     // Asked again while it may yet succeed.
     let tries = Arc::new(AtomicUsize::new(0));
     fixture.stub.on_checkpoint(move |_, _| {

@@ -729,6 +729,12 @@ impl Control for Stub {
     ) -> Result<Response<ateapi::ReportDenialsResponse>, Status> {
         unused()
     }
+    async fn report_fallback(
+        &self,
+        _: Request<ateapi::ReportFallbackRequest>,
+    ) -> Result<Response<ateapi::ReportFallbackResponse>, Status> {
+        unused()
+    }
     async fn suspend_all(
         &self,
         _: Request<ateapi::SuspendAllRequest>,
