@@ -277,9 +277,10 @@ impl Session {
 
     pub async fn until(&self, what: &str, condition: impl FnMut(&Told) -> bool) -> Told {
         let mut told = self.told.clone();
+        // Cloned at once: a guard that is kept while another is taken deadlocks with a writer in between.
         let waited = tokio::time::timeout(PATIENCE, told.wait_for(condition)).await;
-        let now = self.told.borrow().clone();
-        waited.unwrap_or_else(|_| panic!("never told: {what}; told was {now:#?}")).unwrap().clone()
+        let waited = waited.map(|seen| seen.unwrap().clone());
+        waited.unwrap_or_else(|_| panic!("never told: {what}; told was {:#?}", *self.told.borrow()))
     }
 
     pub async fn all_up(&self, workers: usize) -> Told {
