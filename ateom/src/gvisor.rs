@@ -409,16 +409,14 @@ impl GvisorSandbox {
         match error {
             // Still being written, or the sandbox is gone: nobody can say that it goes on.
             error @ (RuntimeError::Timeout { .. } | RuntimeError::Launch(_)) => error,
-            error if self.is_dead() => error,
-            error => RuntimeError::CheckpointRefused(error.to_string()),
+            // A sentry that is being killed hangs up before its pidfd tells: only its own answer shows that it lives.
+            error => match self.root(&["ps", bundle::ROOT], COMMAND_LIMIT).await {
+                Ok(_) => RuntimeError::CheckpointRefused(error.to_string()),
+                Err(silent) => {
+                    RuntimeError::Failed(format!("{error}; and the sandbox does not answer: {silent}"))
+                }
+            },
         }
-    }
-
-    fn is_dead(&self) -> bool {
-        use std::os::fd::AsFd as _;
-        let pidfd = self.sandbox.get_ref().as_fd();
-        let mut fds = [nix::poll::PollFd::new(pidfd, nix::poll::PollFlags::POLLIN)];
-        !matches!(nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO), Ok(0))
     }
 }
 

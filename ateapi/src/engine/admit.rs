@@ -72,7 +72,7 @@ impl Driver {
             Goal::Running => match actor.state {
                 State::Running => Some(Ok(actor.last_snapshot().cloned())),
                 State::Resuming => None,
-                _ => Some(Err(self.failed())),
+                _ => Some(Err(self.refusal_or_failed())),
             },
             Goal::Stopped(id) if is_stopping && in_progress(id) => None,
             Goal::Stopped(id) => Some(found(id).map(Some).ok_or_else(|| self.refusal_or_failed())),

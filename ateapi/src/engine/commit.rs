@@ -150,6 +150,8 @@ impl Driver {
         for reply in replies {
             let _ = reply.send(Err(error.clone().into()));
         }
+        // For the call whose commit it was: it waits from now on.
+        self.refusal = Some(error.clone().into());
         loop {
             self.failures += 1;
             if !matches!(error, StoreError::Conflict { .. }) || self.failures > 1 {

@@ -194,6 +194,9 @@ impl Writer {
             match after {
                 Some(Job::Trim(trim, reply)) => {
                     let outcome = self.trim(trim).await;
+                    if outcome.is_err() {
+                        roll_back(&mut self.connection).await;
+                    }
                     let _ = reply.send(outcome.map_err(|error| explain(&self.path, "cannot trim", &error)));
                 }
                 Some(Job::Close(reply)) => {
@@ -209,38 +212,41 @@ impl Writer {
     }
 
     async fn commit(&mut self, group: Vec<Waiting>) {
+        let (group, replies): (Vec<_>, Vec<_>) = group.into_iter().unzip();
         let mut answers = Vec::with_capacity(group.len());
         let mut revision = self.revision;
+        let tx = &mut self.connection;
         let outcome: Result<(), sqlx::Error> = async {
-            let mut tx = self.connection.begin_with("BEGIN IMMEDIATE").await?;
-            for (wanted, reply) in group {
-                if let Err(refused) = verify(&mut tx, &wanted).await? {
-                    answers.push((reply, Err(refused)));
+            begin(tx).await?;
+            for wanted in group {
+                if let Err(refused) = verify(tx, &wanted).await? {
+                    answers.push(Err(refused));
                     continue;
                 }
-                let puts = apply(&mut tx, &mut revision, *wanted).await?;
-                answers.push((reply, Ok(Committed { puts, revision })));
+                let puts = apply(tx, &mut revision, *wanted).await?;
+                answers.push(Ok(Committed { puts, revision }));
             }
             sqlx::query("UPDATE meta SET value = ? WHERE key = 'revision'")
                 .bind(revision as i64)
                 .execute(&mut *tx)
                 .await?;
-            tx.commit().await
+            sqlx::query("COMMIT").execute(&mut *tx).await?;
+            Ok(())
         }
         .await;
         match outcome {
             Ok(()) => {
                 self.revision = revision;
                 self.announce.send_replace(revision);
-                for (reply, answer) in answers {
+                for (reply, answer) in replies.into_iter().zip(answers) {
                     let _ = reply.send(answer);
                 }
             }
             Err(error) => {
+                roll_back(&mut self.connection).await;
                 let error = explain(&self.path, "cannot commit", &error);
                 tracing::error!(%error, "a commit failed");
-                // Those not reached yet were dropped with the group; their callers see a closed channel as an error.
-                for (reply, _) in answers {
+                for reply in replies {
                     let _ = reply.send(Err(error.clone()));
                 }
             }
@@ -248,7 +254,8 @@ impl Writer {
     }
 
     async fn trim(&mut self, trim: Trim) -> Result<(), sqlx::Error> {
-        let mut tx = self.connection.begin_with("BEGIN IMMEDIATE").await?;
+        let tx = &mut self.connection;
+        begin(tx).await?;
         let floor = self.revision.saturating_sub(trim.changelog_keep) as i64;
         sqlx::query("DELETE FROM changelog WHERE revision <= ?").bind(floor).execute(&mut *tx).await?;
         sqlx::query("UPDATE meta SET value = max(value, ?) WHERE key = 'floor'")
@@ -266,22 +273,34 @@ impl Writer {
             .bind(trim.requests_before_ms)
             .execute(&mut *tx)
             .await?;
-        tx.commit().await
+        sqlx::query("COMMIT").execute(&mut *tx).await?;
+        Ok(())
     }
 }
 
-type Transaction<'c> = sqlx::Transaction<'c, Sqlite>;
+/// Begins a transaction. Not sqlx's own: SQLite ends a transaction by itself when the disk is full
+/// (<https://www.sqlite.org/lang_transaction.html>), and sqlx would count it as open for ever.
+async fn begin(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("BEGIN IMMEDIATE").execute(connection).await.map(drop)
+}
 
-async fn row_revision(tx: &mut Transaction<'_>, kind: Kind, key: &str) -> Result<Option<u64>, sqlx::Error> {
+/// Ends a transaction that failed.
+async fn roll_back(connection: &mut SqliteConnection) {
+    if let Err(error) = sqlx::query("ROLLBACK").execute(connection).await {
+        tracing::debug!(%error, "no transaction was open any more");
+    }
+}
+
+async fn row_revision(tx: &mut SqliteConnection, kind: Kind, key: &str) -> Result<Option<u64>, sqlx::Error> {
     let revision: Option<i64> = sqlx::query_scalar("SELECT revision FROM objects WHERE kind = ? AND key = ?")
         .bind(kind as i64)
         .bind(key)
-        .fetch_optional(&mut **tx)
+        .fetch_optional(&mut *tx)
         .await?;
     Ok(revision.map(|revision| revision as u64))
 }
 
-async fn verify(tx: &mut Transaction<'_>, wanted: &Tx) -> Result<Result<(), StoreError>, sqlx::Error> {
+async fn verify(tx: &mut SqliteConnection, wanted: &Tx) -> Result<Result<(), StoreError>, sqlx::Error> {
     for check in &wanted.checks {
         let holds = match check {
             Check::Exists(kind, key) => row_revision(tx, *kind, key).await?.is_some(),
@@ -290,7 +309,7 @@ async fn verify(tx: &mut Transaction<'_>, wanted: &Tx) -> Result<Result<(), Stor
             )
             .bind(Kind::Actor as i64)
             .bind(uid)
-            .fetch_optional(&mut **tx)
+            .fetch_optional(&mut *tx)
             .await?
             .is_none(),
             Check::AtespaceEmpty(name) => sqlx::query_scalar::<_, i64>(
@@ -299,7 +318,7 @@ async fn verify(tx: &mut Transaction<'_>, wanted: &Tx) -> Result<Result<(), Stor
             .bind(Kind::Actor as i64)
             .bind(Kind::Template as i64)
             .bind(name)
-            .fetch_optional(&mut **tx)
+            .fetch_optional(&mut *tx)
             .await?
             .is_none(),
         };
@@ -321,7 +340,7 @@ async fn verify(tx: &mut Transaction<'_>, wanted: &Tx) -> Result<Result<(), Stor
                 .bind(object.kind as i64)
                 .bind(&object.atespace)
                 .bind(&object.name)
-                .fetch_optional(&mut **tx)
+                .fetch_optional(&mut *tx)
                 .await?;
         if (*expect == Expect::Absent && old.is_some()) || holder.is_some_and(|key| key != object.key) {
             return Ok(Err(StoreError::Exists {
@@ -345,7 +364,7 @@ async fn verify(tx: &mut Transaction<'_>, wanted: &Tx) -> Result<Result<(), Stor
     Ok(Ok(()))
 }
 
-async fn log(tx: &mut Transaction<'_>, change: &Change) -> Result<(), sqlx::Error> {
+async fn log(tx: &mut SqliteConnection, change: &Change) -> Result<(), sqlx::Error> {
     if change.kind == Kind::Node {
         return Ok(());
     }
@@ -359,12 +378,12 @@ async fn log(tx: &mut Transaction<'_>, change: &Change) -> Result<(), sqlx::Erro
     .bind(&change.name)
     .bind(i64::from(change.deleted))
     .bind(&change.doc)
-    .execute(&mut **tx)
+    .execute(&mut *tx)
     .await?;
     Ok(())
 }
 
-async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Result<Vec<u64>, sqlx::Error> {
+async fn apply(tx: &mut SqliteConnection, revision: &mut u64, wanted: Tx) -> Result<Vec<u64>, sqlx::Error> {
     let mut next = || {
         *revision += 1;
         *revision
@@ -387,7 +406,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
         .bind(i64::from(object.busy))
         .bind(revision as i64)
         .bind(&object.doc)
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await?;
         let Object { kind, key, atespace, name, doc, .. } = object;
         log(tx, &Change { revision, kind, key, atespace, name, deleted: false, doc }).await?;
@@ -397,7 +416,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
             sqlx::query("DELETE FROM objects WHERE kind = ? AND key = ? RETURNING atespace, name")
                 .bind(kind as i64)
                 .bind(&key)
-                .fetch_optional(&mut **tx)
+                .fetch_optional(&mut *tx)
                 .await?;
         if let Some(old) = old {
             let (atespace, name) = (old.try_get(0)?, old.try_get(1)?);
@@ -427,7 +446,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
             .bind(change.name)
             .bind(event.reason)
             .bind(change.doc)
-            .execute(&mut **tx)
+            .execute(&mut *tx)
             .await?;
     }
     if let Some(request) = wanted.request {
@@ -438,7 +457,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
         .bind(request.fingerprint)
         .bind(request.outcome)
         .bind(request.time_ms)
-        .execute(&mut **tx)
+        .execute(&mut *tx)
         .await?;
     }
     for (key, value) in wanted.seals {
@@ -447,10 +466,10 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
                 sqlx::query("INSERT OR REPLACE INTO sealed (key, value) VALUES (?, ?)")
                     .bind(key)
                     .bind(value)
-                    .execute(&mut **tx)
+                    .execute(&mut *tx)
                     .await?
             }
-            None => sqlx::query("DELETE FROM sealed WHERE key = ?").bind(key).execute(&mut **tx).await?,
+            None => sqlx::query("DELETE FROM sealed WHERE key = ?").bind(key).execute(&mut *tx).await?,
         };
     }
     for change in wanted.refs {
@@ -460,7 +479,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
                     sqlx::query("INSERT OR IGNORE INTO refs (holder, blob) VALUES (?, ?)")
                         .bind(&holder)
                         .bind(serde_json::to_string(&blob).unwrap_or_default())
-                        .execute(&mut **tx)
+                        .execute(&mut *tx)
                         .await?;
                 }
             }
@@ -468,7 +487,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
                 let blobs: Vec<String> =
                     sqlx::query_scalar("DELETE FROM refs WHERE holder = ? RETURNING blob")
                         .bind(&holder)
-                        .fetch_all(&mut **tx)
+                        .fetch_all(&mut *tx)
                         .await?;
                 for blob in blobs {
                     sqlx::query(
@@ -477,7 +496,7 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
                     )
                     .bind(&holder)
                     .bind(&blob)
-                    .execute(&mut **tx)
+                    .execute(&mut *tx)
                     .await?;
                 }
             }
@@ -486,11 +505,11 @@ async fn apply(tx: &mut Transaction<'_>, revision: &mut u64, wanted: Tx) -> Resu
     for item in wanted.garbage {
         sqlx::query("INSERT INTO garbage (holder, item) VALUES ('', ?)")
             .bind(serde_json::to_string(&item).unwrap_or_default())
-            .execute(&mut **tx)
+            .execute(&mut *tx)
             .await?;
     }
     for id in wanted.garbage_done {
-        sqlx::query("DELETE FROM garbage WHERE id = ?").bind(id).execute(&mut **tx).await?;
+        sqlx::query("DELETE FROM garbage WHERE id = ?").bind(id).execute(&mut *tx).await?;
     }
     Ok(puts)
 }
@@ -549,7 +568,7 @@ impl Store for SqliteStore {
     async fn commit(&self, tx: Tx) -> Result<Committed, StoreError> {
         let (reply, answer) = oneshot::channel();
         self.jobs.send(Job::Commit((Box::new(tx), reply))).await.map_err(|_| closed())?;
-        answer.await.map_err(|_| StoreError::Io(format!("database {}: a commit failed", self.path)))?
+        answer.await.map_err(|_| closed())?
     }
 
     async fn get(&self, kind: Kind, key: &str) -> Result<Option<Object>, StoreError> {

@@ -146,12 +146,13 @@ impl Checkpoints {
                     Code::ResourceExhausted if info.is_none_or(|info| info.reason == "HEAP_TOO_LARGE") => {
                         Attempt::TooLarge(message)
                     }
-                    Code::ResourceExhausted
-                    | Code::Unavailable
-                    | Code::Aborted
-                    | Code::Cancelled
-                    | Code::DeadlineExceeded => Attempt::Transient(message),
-                    _ => Attempt::Failed(message),
+                    // What no other moment changes; all else, a refused checkpoint too, is tried again within maxHold.
+                    Code::Unimplemented
+                    | Code::InvalidArgument
+                    | Code::NotFound
+                    | Code::PermissionDenied
+                    | Code::Unauthenticated => Attempt::Failed(message),
+                    _ => Attempt::Transient(message),
                 }
             }
         }

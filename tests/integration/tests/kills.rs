@@ -196,8 +196,11 @@ async fn no_kill_undoes_an_answer() -> Result<()> {
         tokio::select! {
             progress = oracle.progress(before) => progress.with_context(|| format!("seed {seed}, kill {round}"))?,
             Some(ended) = clients.join_next() => {
-                ended??;
-                anyhow::bail!("a client ended early");
+                let ended = ended?.err().map_or("without an error".to_owned(), |error| format!("{error:#}"));
+                // What is told of it may still be on its way.
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                let events = machine.events("sync").await?;
+                anyhow::bail!("a client ended ({ended}) with seed {seed} before kill {round}: {events:#?}");
             }
         }
         tokio::time::sleep(Duration::from_millis(draw.random_range(0..600))).await;
