@@ -27,7 +27,7 @@ def build():
     for command in (
         ["scripts/setup"],
         ["scripts/build-image", "counter", str(COUNTER)],
-        ["cargo", "build", "--release", "--locked", "--bins", "-p", "substrate", "-p", "ateom"],
+        ["cargo", "build", "--release", "--locked", "--workspace", "--bins"],
     ):
         subprocess.run(command, cwd=REPO, check=True, stdout=sys.stderr)
 
