@@ -603,7 +603,7 @@ pub struct Request {
     /// Actor
     pub name: String,
     /// Method (default GET, or POST with --data) and path
-    #[arg(required = true, num_args = 1..=2, value_name = "METHOD] [PATH")]
+    #[arg(required = true, num_args = 1..=2, value_names = ["METHOD_OR_PATH", "PATH"])]
     pub words: Vec<String>,
     /// Body; @FILE reads it from a file, @- from standard input
     #[arg(short, long, value_name = "TEXT")]
