@@ -148,6 +148,17 @@ impl Machine {
         Ok(Self { watchdog, dir, ingress, api, args, child: Some(child), root })
     }
 
+    /// Processes of its sandboxes (sentries), those of one worker or of all.
+    pub fn sandboxes(&self, worker: Option<&str>) -> Vec<i32> {
+        let mark = worker.map_or("/workers/".to_owned(), |worker| format!("/workers/{worker}/"));
+        let line = |pid: &i32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let is_sentry = |line: Vec<u8>| {
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            line.contains(&mark) && line.contains(" boot ")
+        };
+        processes_naming(&self.dir.to_string_lossy()).into_iter().filter(|pid| is_sentry(line(pid))).collect()
+    }
+
     /// Lets this machine live longer than others may.
     pub fn allow(&mut self, time: Duration) {
         self.watchdog = watchdog(&self.dir, time);

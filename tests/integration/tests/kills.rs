@@ -6,7 +6,7 @@
 //! an answer of N must be answered with more than N, under the nonce of the first boot; an answer that a kill undid
 //! would be given again. What is in flight at a kill may fail, but only with an answer that says so or a cut connection.
 //!
-//! `SUBSTRATE_KILLS` (default 25) says how many kills, `SUBSTRATE_SEED` which ones.
+//! `SUBSTRATE_KILLS` (default 100) says how many kills, `SUBSTRATE_SEED` which ones.
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use substrate_integration::{Client, Machine, PATIENCE, processes_naming};
+use substrate_integration::{Client, Machine, PATIENCE};
 use substrate_proto::ateapi;
 use substrate_proto::types::CheckpointPolicy;
 
@@ -141,13 +141,8 @@ async fn end_worker(machine: &mut Machine, draw: &mut StdRng) -> Result<&'static
             Ok("group")
         }
         _ => {
-            let mark = format!("/workers/{worker}/");
-            for pid in processes_naming(&machine.dir.to_string_lossy()) {
-                let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let line = String::from_utf8_lossy(&line).replace('\0', " ");
-                if line.contains(&mark) && line.contains(" boot ") {
-                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                }
+            for pid in machine.sandboxes(Some(&worker)) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
             Ok("sandbox")
         }
@@ -160,7 +155,7 @@ async fn no_kill_undoes_an_answer() -> Result<()> {
         std::env::var(name)
             .map_or(Ok(default), |text| text.parse().with_context(|| format!("{name} is no number")))
     };
-    let kills = number("SUBSTRATE_KILLS", 25)?;
+    let kills = number("SUBSTRATE_KILLS", 100)?;
     let seed = number("SUBSTRATE_SEED", 1)?;
     let mut draw = StdRng::seed_from_u64(seed);
     let mut machine = Machine::start(4, &[]).await?;

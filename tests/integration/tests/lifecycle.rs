@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One actor's life on a real machine: memory survives sleep, moves, the main process and its workers.
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -75,6 +77,66 @@ async fn a_killed_main_process_adopts_its_workers() -> Result<()> {
     let after = machine.wait_for("adopted", ActorState::Running).await?;
     ensure!(after.generation == before.generation, "it was started again instead of adopted");
     ensure!(machine.count("adopted").await? == (count + 1, nonce));
+    Ok(())
+}
+
+/// Whether a process is in a frozen control group, of either version.
+fn is_frozen(pid: i32) -> bool {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    groups.lines().filter_map(|line| line.splitn(3, ':').nth(2)).any(|path| {
+        let says =
+            |file: String, word: &str| std::fs::read_to_string(file).is_ok_and(|text| text.contains(word));
+        says(format!("/sys/fs/cgroup{path}/cgroup.events"), "frozen 1")
+            || says(format!("/sys/fs/cgroup/unified{path}/cgroup.events"), "frozen 1")
+            || says(format!("/sys/fs/cgroup/freezer{path}/freezer.state"), "FROZEN")
+    })
+}
+
+/// P1: without a control plane the worker stops its actor at the lease's end by itself, keeps its memory, and lets it go
+/// on when the lease of the same generation returns.
+#[tokio::test]
+async fn an_outage_of_two_lease_terms_costs_no_memory() -> Result<()> {
+    const TERM: Duration = Duration::from_secs(3);
+    let root = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
+    let config = root.path().join("substrate.toml");
+    std::fs::write(&config, format!("[control]\nlease_term_ms = {}\n", TERM.as_millis()))?;
+    let config = config.to_str().context("path")?.to_owned();
+    let dir = root.path().join("d");
+    let mut machine = Machine::start_in(dir, Some(root), 2, &["--config", &config]).await?;
+    let before = machine.counter("outage", |_| ()).await?;
+    let (count, nonce) = machine.count("outage").await?;
+    machine.kill();
+    let down = Instant::now();
+    let frozen = loop {
+        let frozen: Vec<i32> =
+            machine.sandboxes(Some(&before.worker_id)).into_iter().filter(|pid| is_frozen(*pid)).collect();
+        if !frozen.is_empty() {
+            break frozen;
+        }
+        ensure!(down.elapsed() < TERM * 3, "nothing stopped the actor when its lease was over");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    tokio::time::sleep((TERM * 2).saturating_sub(down.elapsed())).await;
+    machine.restart().await?;
+    let after = machine.wait_for("outage", ActorState::Running).await?;
+    ensure!(after.generation == before.generation, "it was started again: {after:?}");
+    ensure!(machine.count("outage").await? == (count + 1, nonce), "its memory is another");
+    ensure!(!frozen.into_iter().any(is_frozen), "it answers and is frozen");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_drained_worker_loses_nothing_and_takes_nobody() -> Result<()> {
+    let mut machine = Machine::start(2, &[]).await?;
+    machine.counter("moved", |_| ()).await?;
+    let (count, nonce) = machine.count("moved").await?;
+    let worker = machine.get("moved").await?.worker_id;
+    let drain = ateapi::DrainWorkerRequest { id: worker.clone() };
+    machine.api.drain_worker(drain).await?;
+    let actor = machine.wait_for("moved", ActorState::Suspended).await?;
+    ensure!(actor.suspended_by == "drain", "suspended by {:?}", actor.suspended_by);
+    ensure!(machine.count("moved").await? == (count + 1, nonce), "it did not go on");
+    ensure!(machine.get("moved").await?.worker_id != worker, "it woke on the drained worker");
     Ok(())
 }
 
