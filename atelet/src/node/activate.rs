@@ -239,12 +239,18 @@ impl Node {
         match answered {
             Ok(inner) => {
                 steps.include("ateom", inner);
-                // Release and the lease go by the view: it has to show what runs before anyone is told that it does.
-                worker
-                    .wait_for(WORKER_WAIT, |view| {
-                        view.up.is_none() || view.assignment().is_some_and(|held| held == assignment)
-                    })
-                    .await;
+                // Releases, leases and losses go by the view: it has to show what runs before anyone is told that it
+                // does, or a worker that dies now would be reported without it.
+                let shows = |now: &View| now.assignment().is_some_and(|held| held == assignment);
+                worker.wait_for(WORKER_WAIT, |now| now.up.is_none() || shows(now)).await;
+                if !shows(&worker.view()) {
+                    let reason = worker.fenced_since(view).await;
+                    return Err(NodeError::WorkerLost {
+                        worker: worker.id.clone(),
+                        during: "a start",
+                        reason: reason.unwrap_or_else(|| "it does not show what it started".to_owned()),
+                    });
+                }
                 steps.done("seen");
             }
             Err(status) => return Err(self.failed(worker, view, "a start", &status, answers::start).await),

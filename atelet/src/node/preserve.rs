@@ -33,6 +33,18 @@ use crate::worker::{Client, View, Worker};
 const CHECKPOINT_BYTES: u64 = 32 << 20;
 const WORKER_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
+/// The actor is not in its slot.
+fn not_running(worker: &Worker, view: &View, assignment: &Assignment) -> NodeError {
+    NodeError::NotRunning {
+        actor: actor_name(assignment),
+        generation: assignment.generation,
+        worker: worker.id.clone(),
+        found: view.assignment().map_or("the slot is empty".to_owned(), |held| {
+            format!("{} (generation {}) is there", actor_name(held), held.generation)
+        }),
+    }
+}
+
 impl Node {
     /// Checkpoint; see the module.
     pub(super) async fn checkpoint(
@@ -72,6 +84,11 @@ impl Node {
             return Ok(CheckpointResponse { snapshot: Some(found.to_proto()), steps: Vec::new() });
         }
         let worker = self.worker(&assignment.worker_id)?;
+        // Fenced and not up again: the actor is not there, and whoever waits for it should know at once.
+        let view = worker.view();
+        if view.vacant {
+            return Err(not_running(worker, &view, assignment));
+        }
         let (view, client) = worker.up(WORKER_WAIT).await?;
         let stop = request.mode() == Mode::Stop;
         let mut steps = Steps::begin();
@@ -172,14 +189,7 @@ impl Node {
             held.actor_uid == assignment.actor_uid && held.generation == assignment.generation
         });
         if !here {
-            return Err(NodeError::NotRunning {
-                actor: actor_name(assignment),
-                generation: assignment.generation,
-                worker: worker.id.clone(),
-                found: view.assignment().map_or("the slot is empty".to_owned(), |held| {
-                    format!("{} (generation {}) is there", actor_name(held), held.generation)
-                }),
-            });
+            return Err(not_running(worker, view, assignment));
         }
         let memory = view.stats.as_ref().map_or(0, |stats| stats.memory_bytes);
         let (node, uid, id) = (Arc::clone(self), assignment.actor_uid.clone(), id.to_owned());

@@ -334,7 +334,8 @@ impl Task {
                 view.trouble = format!("{reason}; it is being started again");
             });
             (self.listener)(&self.id, News::Lost { assignment, reason });
-            if begun.elapsed() > BACKOFF.1 * 2 {
+            // Only one that cannot stay up is held back.
+            if begun.elapsed() > backoff * 10 {
                 backoff = BACKOFF.0;
             }
             tokio::select! {
