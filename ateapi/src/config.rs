@@ -23,6 +23,12 @@ pub struct Config {
     /// Gid that may connect to the socket. Default: none.
     #[serde(default)]
     pub socket_peer_gid: Option<u32>,
+    /// TCP listener for clients of other machines. Default: none.
+    #[serde(default)]
+    pub remote: Option<crate::access::Remote>,
+    /// The audit log, one JSON line per call that changes something. Default: `audit.jsonl` beside the database.
+    #[serde(default)]
+    pub audit: Option<PathBuf>,
     /// Term of a node's lease, milliseconds, counted from the moment the node asked. Default 60000, at least 1000.
     #[serde(default = "defaults::lease_term_ms")]
     pub lease_term_ms: u64,
@@ -103,6 +109,8 @@ impl Config {
             nodes,
             socket_peer_uid: None,
             socket_peer_gid: None,
+            remote: None,
+            audit: None,
             lease_term_ms: defaults::lease_term_ms(),
             lease_margin_ms: defaults::lease_margin_ms(),
             idle_suspend_after_ms: defaults::idle_suspend_after_ms(),
@@ -112,6 +120,11 @@ impl Config {
             events_keep: defaults::events_keep(),
             calls_per_actor: defaults::calls_per_actor(),
         }
+    }
+
+    /// Where the audit log is.
+    pub fn audit_log(&self) -> PathBuf {
+        self.audit.clone().unwrap_or_else(|| self.database.with_file_name("audit.jsonl"))
     }
 
     /// Term of a lease.
@@ -128,6 +141,9 @@ impl Config {
         let refuse = |message: String| Err(crate::Error::Config(message));
         if self.lease_term_ms < 1_000 {
             return refuse(format!("leaseTermMs is {}, at least 1000 is needed", self.lease_term_ms));
+        }
+        if let Some(remote) = &self.remote {
+            remote.validate().or_else(refuse)?;
         }
         if self.nodes.is_empty() {
             return refuse("nodes is empty: name at least one node agent".to_owned());

@@ -17,6 +17,8 @@
 //! an actor and ends when nothing is left to do, so that sleeping actors cost neither a task nor memory.
 #![forbid(unsafe_code)]
 
+pub mod access;
+pub mod backup;
 mod clock;
 mod config;
 mod egress;
@@ -30,14 +32,19 @@ mod secrets;
 mod service;
 pub mod state;
 pub mod store;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 mod testing;
 pub mod workflow;
 
 use std::sync::Arc;
 
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub use testing::bench;
+
 pub use clock::{Clock, SystemClock, TokioClock};
 pub use config::{Config, NodeEndpoint};
+use futures::StreamExt as _;
 use substrate_proto::ateapi::control_server::ControlServer;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -65,6 +72,9 @@ pub enum Error {
     /// The database.
     #[error(transparent)]
     Store(#[from] store::StoreError),
+    /// The TCP listener, its certificates, or the audit log.
+    #[error(transparent)]
+    Access(#[from] access::AccessError),
     /// The socket could not be opened.
     #[error(transparent)]
     Listen(#[from] substrate_proto::seam::ListenError),
@@ -76,11 +86,11 @@ pub enum Error {
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Runs the control plane until `shutdown`; `ready` is told once the socket accepts calls. Actors are left as they are:
-/// whoever wants them suspended first calls `SuspendAll`.
+/// Runs the control plane until `shutdown`; `ready` is told once the socket accepts calls, with the address of the TCP
+/// listener if there is one. Actors are left as they are: whoever wants them suspended first calls `SuspendAll`.
 pub async fn serve(
     config: Config,
-    ready: oneshot::Sender<()>,
+    ready: oneshot::Sender<Option<std::net::SocketAddr>>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     config.validate()?;
@@ -97,7 +107,12 @@ pub async fn serve(
     let store: store::SharedStore = Arc::new(store::SqliteStore::open(&config.database).await?);
     // The socket first: when another control plane serves on it, nothing of its nodes is touched.
     let peers = substrate_proto::seam::Peers { uid: config.socket_peer_uid, gid: config.socket_peer_gid };
-    let incoming = substrate_proto::seam::listen(&config.socket, peers)?;
+    let local = substrate_proto::seam::listen(&config.socket, peers)?;
+    let access = Arc::new(access::Access::open(config.remote.as_ref(), &config.audit_log())?);
+    let remote = match &config.remote {
+        Some(remote) => Some(access::Listener::bind(remote).await?),
+        None => None,
+    };
     let engine = engine::Engine::start(
         Arc::clone(&store),
         Arc::new(SystemClock),
@@ -107,15 +122,27 @@ pub async fn serve(
         Arc::new(workflow::NoFaults),
     )
     .await?;
-    let control = ControlServer::new(service::ControlService::new(Arc::clone(&engine)))
+    let service = service::ControlService::new(Arc::clone(&engine));
+    let control = ControlServer::new(access::Guarded::new(service, Arc::clone(&access)))
         .max_decoding_message_size(MAX_REQUEST);
+    // Health is anyone's who got a connection; the list of RPCs is for callers who say who they are.
     let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_serving::<ControlServer<service::ControlService>>().await;
+    reporter.set_serving::<ControlServer<access::Guarded>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(substrate_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let _ = ready.send(());
+    let known_only = move |request: tonic::Request<()>| {
+        access.identify(request.extensions(), request.metadata()).map(|_| request)
+    };
+    let reflection = tonic::service::interceptor::InterceptedService::new(reflection, known_only);
+    let address = remote.as_ref().map(access::Listener::address);
+    let local = local.map(|stream| stream.map(access::Wire::Local));
+    let incoming = futures::stream::select(
+        local,
+        remote.map_or_else(|| futures::stream::pending().boxed(), |remote| remote.incoming().boxed()),
+    );
+    let _ = ready.send(address);
     // Watches and execs end with the engine, so that serving does not wait for clients that never leave.
     let stopping = Arc::clone(&engine);
     let overdue = shutdown.clone();

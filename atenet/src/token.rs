@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 pub const AUDIENCE: &str = "substrate-ingress";
 /// Longest token that is looked at, bytes.
 pub const MAX_TOKEN: usize = 4096;
-const PRIVATE_KEY: &str = "ingress.key";
-const PUBLIC_KEY: &str = "ingress.pub";
+/// Name of the router's key pair.
+const INGRESS: &str = "ingress";
 
 /// Why a key or token could not be made, read or accepted.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +127,16 @@ pub fn generate_key_pair() -> Result<KeyPair, TokenError> {
 /// # Errors
 /// When a file cannot be read or written, or only one of the two exists.
 pub fn ensure_key_pair(dir: &Path) -> Result<KeyFiles, TokenError> {
-    let files = KeyFiles { private: dir.join(PRIVATE_KEY), public: dir.join(PUBLIC_KEY) };
+    ensure_key_pair_named(dir, INGRESS)
+}
+
+/// Likewise for the key pair of another purpose (`NAME.key` 0600, `NAME.pub`).
+///
+/// # Errors
+/// As [`ensure_key_pair`].
+pub fn ensure_key_pair_named(dir: &Path, name: &str) -> Result<KeyFiles, TokenError> {
+    let files =
+        KeyFiles { private: dir.join(format!("{name}.key")), public: dir.join(format!("{name}.pub")) };
     match (files.private.exists(), files.public.exists()) {
         (true, true) => return Ok(files),
         // The private key is written first: alone it can be completed.

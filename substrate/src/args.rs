@@ -51,9 +51,32 @@ pub struct Global {
         default_value = "/run/substrate/ateapi.sock"
     )]
     pub socket: PathBuf,
+    /// The control plane of another machine
+    #[command(flatten)]
+    pub remote: Remote,
     /// How to print results
     #[arg(short, long, global = true, value_enum, default_value_t)]
     pub output: Output,
+}
+
+/// How to reach a control plane over TCP; see docs/access.md.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct Remote {
+    /// The control plane of another machine, https://HOST:PORT; instead of --socket
+    #[arg(long, global = true, env = "SUBSTRATE_ENDPOINT", value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// Authorities of its certificate (PEM)
+    #[arg(long, global = true, env = "SUBSTRATE_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Your certificate (PEM)
+    #[arg(long, global = true, env = "SUBSTRATE_CERT", value_name = "FILE")]
+    pub cert: Option<PathBuf>,
+    /// Its private key (PEM)
+    #[arg(long, global = true, env = "SUBSTRATE_KEY", value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// File with your bearer token; read at each call
+    #[arg(long, global = true, env = "SUBSTRATE_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
 }
 
 /// Formats of `--output`.
@@ -135,6 +158,10 @@ pub enum Command {
     Token(Token),
     /// Send an HTTP request to an actor; a sleeping actor is woken
     Request(Request),
+    /// Copy a machine's database, keys and durable snapshots to another place; also while it runs
+    Backup(Backup),
+    /// Make a machine's directory from a backup
+    Restore(Restore),
     /// Run a demonstration on this machine, every step asserted
     Demo(Demo),
     /// The part of the demo's internet that is not Python
@@ -167,6 +194,9 @@ pub struct Up {
     /// Address of the HTTP ingress [default: 127.0.0.1:8480]; port 0 takes a free one
     #[arg(long, value_name = "IP:PORT")]
     pub listen: Option<SocketAddr>,
+    /// Address where the control plane listens for clients of other machines, TLS [default: none]; docs/access.md
+    #[arg(long, value_name = "IP:PORT")]
+    pub api_listen: Option<SocketAddr>,
     /// Configuration file (TOML)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -591,6 +621,9 @@ pub struct Token {
     /// Only for this actor [default: all of the atespace]
     #[arg(long, value_name = "NAME")]
     pub actor: Option<String>,
+    /// A token of the control plane's TCP listener instead, for the subject token:NAME; see docs/access.md
+    #[arg(long, value_name = "NAME", conflicts_with = "actor")]
+    pub control: Option<String>,
     /// How long it is good for
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::quantity::duration)]
     pub ttl: Duration,
@@ -617,6 +650,34 @@ pub struct Request {
     /// Print status and headers too
     #[arg(short, long)]
     pub include: bool,
+}
+
+/// `substrate backup`.
+#[derive(Debug, ClapArgs)]
+pub struct Backup {
+    /// Directory of `substrate up`
+    #[arg(long, value_name = "DIR", env = "SUBSTRATE_DIR", default_value = DEFAULT_DIR)]
+    pub dir: PathBuf,
+    /// Where to: a directory, absent or empty, or a file that ends in .tar
+    #[arg(long, value_name = "PATH")]
+    pub to: PathBuf,
+    /// Leave the key files out; without a copy of them the backup cannot be opened by anyone
+    #[arg(long)]
+    pub without_keys: bool,
+}
+
+/// `substrate restore`.
+#[derive(Debug, ClapArgs)]
+pub struct Restore {
+    /// A backup: a directory or a tar file
+    #[arg(long, value_name = "PATH")]
+    pub from: PathBuf,
+    /// Directory for `substrate up`, absent or empty
+    #[arg(long, value_name = "DIR", env = "SUBSTRATE_DIR", default_value = DEFAULT_DIR)]
+    pub dir: PathBuf,
+    /// Directory of the key files, for a backup without keys
+    #[arg(long, value_name = "DIR")]
+    pub keys: Option<PathBuf>,
 }
 
 /// `substrate demo`.

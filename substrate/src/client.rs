@@ -7,13 +7,42 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use substrate_proto::ateapi::ActorRef;
 use substrate_proto::ateapi::control_client::ControlClient;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::args::Global;
+use crate::args::{Global, Remote};
 use crate::failure::{Exit, Failure};
 
 /// A client of `ateapi.v1.Control`.
-pub type Control = ControlClient<Channel>;
+pub type Control = ControlClient<InterceptedService<Channel, Bearer>>;
+
+/// Adds the bearer token of a file, which may be replaced meanwhile, to each call.
+#[derive(Debug, Clone, Default)]
+pub struct Bearer {
+    file: Option<PathBuf>,
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
+        let Some(path) = &self.file else { return Ok(request) };
+        let wrong = |why: String| {
+            tonic::Status::unauthenticated(format!("cannot use --token-file {}: {why}", path.display()))
+        };
+        let token = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+        let mut value: tonic::metadata::MetadataValue<_> = format!("Bearer {}", token.trim())
+            .parse()
+            .map_err(|_| wrong("it holds characters that no header may hold".to_owned()))?;
+        value.set_sensitive(true);
+        request.metadata_mut().insert("authorization", value);
+        Ok(request)
+    }
+}
+
+/// A client over a channel to the local socket.
+pub fn control(channel: Channel) -> Control {
+    ControlClient::with_interceptor(channel, Bearer::default())
+}
 
 /// File beside the sockets in which `substrate up` says where everything is.
 pub const UP_FILE: &str = "up.json";
@@ -34,6 +63,9 @@ pub struct UpInfo {
     pub driver_socket: PathBuf,
     /// Address of the HTTP ingress.
     pub ingress: SocketAddr,
+    /// Address of the control plane's TCP listener.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api: Option<SocketAddr>,
     /// Worker slots.
     pub workers: u32,
     /// Path of runsc.
@@ -58,10 +90,74 @@ pub fn socket_path(global: &Global) -> PathBuf {
 /// # Errors
 /// Exit code 5 with the way out when nothing serves there, 1 when it may not be used.
 pub async fn connect(global: &Global) -> Result<Control, Failure> {
-    let path = socket_path(global);
-    let channel = connect_unix(&path).await.map_err(|error| explain(&path, &error))?;
-    Ok(ControlClient::new(channel).max_decoding_message_size(64 << 20))
+    let channel = if let Some(endpoint) = &global.remote.endpoint {
+        connect_tls(endpoint, &global.remote).await?
+    } else {
+        let path = socket_path(global);
+        connect_unix(&path).await.map_err(|error| explain(&path, &error))?
+    };
+    let bearer =
+        Bearer { file: global.remote.token_file.clone().filter(|_| global.remote.endpoint.is_some()) };
+    Ok(ControlClient::with_interceptor(channel, bearer).max_decoding_message_size(64 << 20))
 }
+
+/// A channel to a control plane on another machine.
+async fn connect_tls(endpoint: &str, remote: &Remote) -> Result<Channel, Failure> {
+    let usage = |why: &str| {
+        Failure::usage(format!("--endpoint {endpoint:?}: {why}")).with_way_out("write https://HOST:PORT")
+    };
+    let uri: hyper::Uri = endpoint.parse().map_err(|_| usage("is no URL"))?;
+    if uri.scheme_str() != Some("https") {
+        return Err(usage("is not https: the control plane serves TCP with TLS only"));
+    }
+    let host = uri.host().ok_or_else(|| usage("names no host"))?.trim_matches(['[', ']']).to_owned();
+    let port = uri.port_u16().unwrap_or(443);
+    if remote.ca.is_none() {
+        return Err(Failure::usage("--endpoint needs --ca: the authorities of the server's certificate"));
+    }
+    if remote.cert.is_some() != remote.key.is_some() {
+        return Err(Failure::usage("--cert and --key belong together: give both or neither"));
+    }
+    let files = openshell_driver_substrate::tls::Files {
+        ca: remote.ca.clone(),
+        cert: remote.cert.clone(),
+        key: remote.key.clone(),
+        server_name: None,
+    };
+    // TLS is ours, below HTTP/2: the scheme that tonic sees does not matter.
+    let plain = Endpoint::try_from(format!(
+        "http://{}",
+        uri.authority().map_or("", hyper::http::uri::Authority::as_str)
+    ))
+    .map_err(|error| usage(&error.to_string()))?;
+    let connect = tower::service_fn(move |_: hyper::Uri| {
+        let (files, host) = (files.clone(), host.clone());
+        async move {
+            let stream = tokio::net::TcpStream::connect((host.as_str(), port)).await?;
+            stream.set_nodelay(true)?;
+            files.handshake(&host, stream).await.map(hyper_util::rt::TokioIo::new)
+        }
+    });
+    plain.connect_timeout(CONNECT).connect_with_connector(connect).await.map_err(|error| {
+        // The innermost says it; the files' own errors name the driver's keys for what are options here.
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        let why = [
+            ("api_tls_ca_path", "--ca"),
+            ("api_client_cert_path", "--cert"),
+            ("api_client_key_path", "--key"),
+        ]
+        .iter()
+        .fold(cause.to_string(), |text, (key, option)| text.replace(key, option));
+        Failure::new(Exit::Unavailable, format!("cannot connect to {endpoint}: {why}"))
+            .with_way_out("see docs/access.md")
+    })
+}
+
+/// Longest wait for a connection over TCP.
+const CONNECT: std::time::Duration = std::time::Duration::from_secs(20);
 
 /// A channel over a Unix socket. The socket is tried first, so that the system's own reason is seen.
 ///

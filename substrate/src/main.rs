@@ -85,6 +85,8 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Command::Logs(options) => cmd::logs::run(options, &global).await.map(done),
         Command::Events(options) => cmd::get::events(options, &global).await.map(done),
         Command::Apply(options) => cmd::apply::run(options, &global).await.map(done),
+        Command::Backup(options) => cmd::backup::backup(&options, &global).await.map(done),
+        Command::Restore(options) => cmd::backup::restore(&options, &global).await.map(done),
         Command::Token(options) => cmd::request::token(&options, &global).map(done),
         Command::Request(options) => cmd::request::run(options, &global).await.map(done),
         Command::Version => cmd::version::run(&global).await.map(done),

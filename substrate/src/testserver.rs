@@ -59,7 +59,12 @@ impl TestServer {
             let server = tonic::transport::Server::builder().add_service(ControlServer::new(service));
             server.serve_with_incoming(incoming).await.unwrap();
         });
-        let global = Global { atespace: "default".into(), socket, output: Output::Table };
+        let global = Global {
+            atespace: "default".into(),
+            socket,
+            remote: crate::args::Remote::default(),
+            output: Output::Table,
+        };
         Self { state, global, _dir: dir, task }
     }
 
@@ -334,8 +339,12 @@ mod commands {
 
     #[tokio::test]
     async fn nothing_there_is_code_5_with_the_way_out() {
-        let global =
-            Global { atespace: "default".into(), socket: "/nonexistent/s".into(), output: Output::Table };
+        let global = Global {
+            atespace: "default".into(),
+            socket: "/nonexistent/s".into(),
+            remote: crate::args::Remote::default(),
+            output: Output::Table,
+        };
         let failure = crate::client::connect(&global).await.unwrap_err();
         assert_eq!(failure.exit, Exit::Unavailable);
         assert!(failure.way_out.unwrap().contains("substrate up"));

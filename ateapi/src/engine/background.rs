@@ -241,6 +241,10 @@ impl Engine {
 
     async fn collect_all(&self) -> bool {
         let _one_at_a_time = self.collecting.lock().await;
+        let Some(_permit) = self.store.deletion_permit() else {
+            tracing::info!("deletions wait for a backup to end");
+            return true;
+        };
         loop {
             let batch = match self.store.garbage(500).await {
                 Ok(batch) => batch,

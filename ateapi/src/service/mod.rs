@@ -137,6 +137,22 @@ impl ControlService {
         Ok((found, token.unwrap_or_default()))
     }
 
+    /// Runs a command; the first message names the actor.
+    pub(crate) async fn exec(
+        &self,
+        first: Option<types::ExecInput>,
+        rest: tonic::Streaming<types::ExecInput>,
+    ) -> Answered<streams::ExecStream> {
+        streams::exec(&self.engine, first, rest).await
+    }
+
+    /// The atespace of an actor, if there is such an actor.
+    pub(crate) async fn atespace_of(&self, uid: &model::ActorUid) -> Result<Option<String>, Status> {
+        let found: Option<Actor> =
+            store::load(&*self.engine.store, uid.as_str()).await.map_err(CallError::from)?;
+        Ok(found.map(|actor| actor.atespace))
+    }
+
     async fn stale_check(&self, uid: &str, generation: u64) -> Result<Actor, Status> {
         model::uid("actor_uid", uid).map_err(invalid)?;
         let actor = self.engine.lookup(&ActorKey::Uid(uid.into())).await?;
@@ -484,7 +500,9 @@ impl Control for ControlService {
         &self,
         request: Request<tonic::Streaming<types::ExecInput>>,
     ) -> Answered<Self::ExecActorStream> {
-        streams::exec(&self.engine, request.into_inner()).await
+        let mut inputs = request.into_inner();
+        let first = inputs.message().await?;
+        self.exec(first, inputs).await
     }
 
     type ActorLogsStream = streams::LogStream;

@@ -13,7 +13,7 @@ use crate::engine::{CallError, Engine, NodeHandle, Verb};
 use crate::model::{self, Actor, ActorKey, Invalid, NodeName, State};
 use crate::state::{Refused, way_out};
 
-pub(super) type ExecStream = BoxStream<'static, Result<types::ExecOutput, Status>>;
+pub(crate) type ExecStream = BoxStream<'static, Result<types::ExecOutput, Status>>;
 pub(super) type LogStream = BoxStream<'static, Result<ateapi::ActorLogsChunk, Status>>;
 
 fn connected(engine: &Engine, name: Option<&NodeName>) -> Result<Arc<NodeHandle>, CallError> {
@@ -27,10 +27,10 @@ fn connected(engine: &Engine, name: Option<&NodeName>) -> Result<Arc<NodeHandle>
 /// actor is not idle.
 pub(super) async fn exec(
     engine: &Arc<Engine>,
+    first: Option<types::ExecInput>,
     mut inputs: tonic::Streaming<types::ExecInput>,
 ) -> Result<Response<ExecStream>, Status> {
-    let first = inputs.message().await?.and_then(|message| message.input);
-    let Some(Input::Start(mut start)) = first else {
+    let Some(Input::Start(mut start)) = first.and_then(|message| message.input) else {
         return Err(invalid(Invalid {
             field: "input".to_owned(),
             message: "the first message has to be start".to_owned(),

@@ -10,17 +10,20 @@
 //!
 //! A blob (manifest or pack) is deleted only after the last holder's reference was dropped: the same transaction then
 //! turns it into garbage, which a collector works off.
+mod copy;
 mod memory;
 mod sqlite;
 #[cfg(test)]
 mod tests;
 mod typed;
 
+use std::fs::File;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+pub(crate) use copy::{Copied, any_sealed, check_copy, copy_database, known_schema, read_copy, schema_of};
 pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
 pub use typed::{find, list, list_all, load, parse};
@@ -289,6 +292,12 @@ fn check_message(check: &Check) -> String {
     }
 }
 
+/// Held while blobs are deleted.
+#[derive(Debug)]
+pub struct DeletionPermit(
+    #[allow(dead_code, reason = "ends with its owner")] Option<nix::fcntl::Flock<File>>,
+);
+
 /// Where records live.
 #[async_trait::async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -312,6 +321,10 @@ pub trait Store: Send + Sync + 'static {
     async fn garbage(&self, limit: usize) -> Result<Vec<(i64, String, Garbage)>, StoreError>;
     /// The latest committed revision, and a wake-up at each commit.
     fn revisions(&self) -> watch::Receiver<u64>;
+    /// Leave to delete blobs; none while someone copies the store and then what it names (`backup`).
+    fn deletion_permit(&self) -> Option<DeletionPermit> {
+        Some(DeletionPermit(None))
+    }
     /// Forgets what is beyond its bounds.
     async fn trim(&self, trim: Trim) -> Result<(), StoreError>;
     /// Ends it: later calls fail.

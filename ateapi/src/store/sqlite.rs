@@ -9,7 +9,7 @@
 //! groups.
 use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -21,8 +21,8 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    Change, Check, Committed, EventQuery, Expect, Garbage, Kind, Object, Query, RefChange, RequestRecord,
-    Store, StoreError, Trim, Tx,
+    Change, Check, Committed, DeletionPermit, EventQuery, Expect, Garbage, Kind, Object, Query, RefChange,
+    RequestRecord, Store, StoreError, Trim, Tx,
 };
 use crate::model::EventDraft;
 
@@ -32,7 +32,7 @@ const GROUP: usize = 64;
 const BACKLOG: usize = 4_096;
 const READERS: u32 = 4;
 
-static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
+pub(super) static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
 
 /// A transaction and who waits for it.
 type Waiting = (Box<Tx>, oneshot::Sender<Result<Committed, StoreError>>);
@@ -50,10 +50,11 @@ pub struct SqliteStore {
     revisions: watch::Receiver<u64>,
     // Held for as long as the store lives: a second control plane on the file is refused.
     lock: Mutex<Option<nix::fcntl::Flock<File>>>,
+    file: PathBuf,
     path: String,
 }
 
-fn explain(path: &str, doing: &str, error: &sqlx::Error) -> StoreError {
+pub(super) fn explain(path: &str, doing: &str, error: &sqlx::Error) -> StoreError {
     let code = match error {
         sqlx::Error::Database(database) => database.code().and_then(|code| code.parse::<i32>().ok()),
         _ => None,
@@ -150,7 +151,14 @@ impl SqliteStore {
         let (jobs, inbox) = mpsc::channel(BACKLOG);
         let task = Writer { connection: writer, revision: revision as u64, announce, path: shown.clone() };
         tokio::spawn(task.run(inbox));
-        Ok(Self { readers, jobs, revisions, lock: Mutex::new(Some(lock)), path: shown })
+        Ok(Self {
+            readers,
+            jobs,
+            revisions,
+            lock: Mutex::new(Some(lock)),
+            file: path.to_owned(),
+            path: shown,
+        })
     }
 
     fn io(&self, doing: &str) -> impl Fn(sqlx::Error) -> StoreError {
@@ -713,6 +721,18 @@ impl Store for SqliteStore {
 
     fn revisions(&self) -> watch::Receiver<u64> {
         self.revisions.clone()
+    }
+
+    fn deletion_permit(&self) -> Option<DeletionPermit> {
+        let file = match crate::backup::open_lock(&self.file) {
+            Ok(file) => file,
+            Err(error) => {
+                tracing::warn!(database = self.path, %error, "no blobs are deleted: the lock beside it cannot be opened");
+                return None;
+            }
+        };
+        let lock = nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock);
+        lock.ok().map(|lock| DeletionPermit(Some(lock)))
     }
 
     async fn trim(&self, trim: Trim) -> Result<(), StoreError> {

@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What tests share.
+//! What tests share, and the measurement of `bench/control`.
+#[cfg(feature = "testing")]
+#[allow(missing_docs)]
+pub mod bench;
+#[cfg(test)]
 pub mod fixtures;
+#[cfg(test)]
 mod harness;
+#[cfg_attr(not(test), allow(dead_code, missing_docs))]
 pub mod stub;
 
+#[cfg(test)]
 pub use harness::Harness;

@@ -72,6 +72,11 @@ struct Inner {
 pub struct Blobs(Mutex<BTreeMap<String, u64>>);
 
 impl Blobs {
+    /// A manifest that nobody uploaded.
+    pub fn insert(&self, directory: String) {
+        lock(&self.0).insert(directory, 0);
+    }
+
     pub fn manifests(&self) -> Vec<String> {
         lock(&self.0).keys().cloned().collect()
     }

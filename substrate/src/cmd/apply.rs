@@ -186,7 +186,7 @@ async fn actor(
                 .map_err(|status| Failure::from(status).context(&format!("actor {}", metadata.name)))?
                 .into_inner();
             if options.wait && start {
-                wait_until_ready(client, &created.uid, &created.name).await?;
+                wait_until_ready(client, &created).await?;
             }
         }
         return Ok("created");

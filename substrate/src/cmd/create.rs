@@ -76,11 +76,7 @@ async fn actor(options: CreateActor, global: &Global) -> Result<(), Failure> {
             return Err(status.into());
         }
     };
-    let actor = if options.wait {
-        wait_until_ready(&mut client, &created.uid, &created.name).await?
-    } else {
-        created
-    };
+    let actor = if options.wait { wait_until_ready(&mut client, &created).await? } else { created };
     let actor = Actor::from(actor);
     let line = format!("actor/{} created ({})", actor.name, actor.state_text());
     print_done(&actor, &line, global.output)

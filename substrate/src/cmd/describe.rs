@@ -210,8 +210,12 @@ mod tests {
             warning: true,
             ..Default::default()
         })];
-        let global =
-            Global { atespace: "default".into(), socket: "/s".into(), output: crate::args::Output::Table };
+        let global = Global {
+            atespace: "default".into(),
+            socket: "/s".into(),
+            remote: crate::args::Remote::default(),
+            output: crate::args::Output::Table,
+        };
         let text = actor_text(&actor, "5s", &[], &events, &global);
         assert!(text.contains("State:             CRASHED for 5s\n"), "{text}");
         assert!(text.contains("Worker:            none\n"), "{text}");

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The commands that are clients of the control plane, and how they print what it answers.
 pub mod apply;
+pub mod backup;
 pub mod cp;
 pub mod create;
 pub mod describe;
@@ -95,12 +96,14 @@ where
 /// Follows an actor until its boot has ended one way or the other, and says how far it is meanwhile.
 pub async fn wait_until_ready(
     client: &mut crate::client::Control,
-    uid: &str,
-    name: &str,
+    created: &api::Actor,
 ) -> Result<api::Actor, Failure> {
     use api::ActorState as State;
+    let (uid, name) = (&created.uid, &created.name);
     let mut spinner = crate::progress::Spinner::new(format!("starting {name}"));
-    let watch = api::WatchRequest { from_revision: 0, kinds: vec!["actor".into()], atespace: String::new() };
+    // Only its atespace: the caller may have no right to see others.
+    let atespace = created.atespace.clone();
+    let watch = api::WatchRequest { from_revision: 0, kinds: vec!["actor".into()], atespace };
     let mut stream = client.watch(watch).await?.into_inner();
     let patience = tokio::time::sleep(std::time::Duration::from_secs(1));
     tokio::pin!(patience);
@@ -118,7 +121,7 @@ pub async fn wait_until_ready(
             .with_way_out(format!("see `substrate describe actor {name}`")));
         };
         match change {
-            api::watch_response::Change::Actor(actor) if actor.uid == uid => match actor.state() {
+            api::watch_response::Change::Actor(actor) if actor.uid == *uid => match actor.state() {
                 State::Running => return Ok(actor),
                 State::New if actor.reason.is_empty() => {}
                 State::New | State::Crashed | State::Exited => {
@@ -137,7 +140,7 @@ pub async fn wait_until_ready(
                     }
                 }
             },
-            api::watch_response::Change::Deleted(deleted) if deleted.uid == uid => {
+            api::watch_response::Change::Deleted(deleted) if deleted.uid == *uid => {
                 return Err(Failure::new(
                     crate::failure::Exit::NotFound,
                     format!("actor {name} was deleted meanwhile"),

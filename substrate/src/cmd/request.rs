@@ -12,7 +12,7 @@ use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use hyper::{Method, StatusCode};
 
 use crate::args::{Global, Request, Token};
-use crate::client::up_info;
+use crate::client::{UpInfo, up_info};
 use crate::cmd::{machine_text, print};
 use crate::failure::{Doing as _, Exit, Failure};
 use crate::progress::during;
@@ -40,6 +40,9 @@ pub fn sign(dir: &Path, atespace: &str, actor: Option<String>, ttl: Duration) ->
 /// `substrate token`.
 pub fn token(options: &Token, global: &Global) -> Result<(), Failure> {
     let up = up_info(global)?;
+    if let Some(subject) = &options.control {
+        return control_token(&up, subject, options.ttl, global);
+    }
     let token = sign(&up.dir, &global.atespace, options.actor.clone(), options.ttl)?;
     if global.output.is_machine() {
         let value = serde_json::json!({
@@ -53,6 +56,29 @@ pub fn token(options: &Token, global: &Global) -> Result<(), Failure> {
         return print(&machine_text(&value, global.output)?);
     }
     print(&(token + "\n"))
+}
+
+/// A token for the control plane's TCP listener.
+fn control_token(up: &UpInfo, subject: &str, ttl: Duration, global: &Global) -> Result<(), Failure> {
+    let path = up.dir.join("keys").join(format!("{}.key", crate::up::CONTROL_KEYS));
+    let private = std::fs::read_to_string(&path).map_err(|error| {
+        Failure::general(format!("cannot read {}: {error}", path.display())).with_way_out(
+            "it is made when api.listen is set with neither api.client_ca nor api.token_keys; tokens of other keys \
+             are signed where those keys are",
+        )
+    })?;
+    let token = ateapi::access::mint(&private, subject, ttl).doing(|| "cannot make a token".to_owned())?;
+    if !global.output.is_machine() {
+        return print(&(token + "\n"));
+    }
+    let value = serde_json::json!({
+        "token": token,
+        "subject": format!("token:{subject}"),
+        "ttlMs": ttl.as_millis() as u64,
+        "endpoint": up.api.map(|address| format!("https://{address}")),
+        "header": "authorization",
+    });
+    print(&machine_text(&value, global.output)?)
 }
 
 /// `substrate request`.

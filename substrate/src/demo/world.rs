@@ -24,7 +24,7 @@ use super::model::Model;
 use super::network::{DOCS, Internet, MODEL};
 use super::report::{Miss, expect};
 use crate::args::Demo;
-use crate::client::{Control, UpInfo, connect_unix};
+use crate::client::{Control, UpInfo, connect_unix, control};
 use crate::cmd::request::sign;
 use crate::failure::{Doing as _, Failure};
 use crate::http::Answer;
@@ -391,7 +391,7 @@ async fn connect(info: &UpInfo) -> Result<(Control, Gateway, String), Failure> {
         .doing(|| format!("cannot connect to the control plane at {}", info.api_socket.display()))?;
     let gateway = Gateway::connect(&info.driver_socket).await?;
     let token = sign(&info.dir, WORKSPACE, None, Duration::from_hours(1))?;
-    Ok((Control::new(channel), gateway, token))
+    Ok((control(channel), gateway, token))
 }
 
 /// SIGTERM, then SIGKILL; and whatever of its directory still runs after that is ended, and said.

@@ -36,6 +36,8 @@ pub struct File {
     pub egress: Egress,
     /// The control plane.
     pub control: Control,
+    /// The control plane's TCP listener.
+    pub api: Api,
     /// The node agent.
     pub node: Node,
 }
@@ -100,6 +102,24 @@ pub struct Control {
     pub lease_margin_ms: Option<u64>,
     /// Events kept. Default: 50000.
     pub events_keep: Option<u64>,
+}
+
+/// `[api]`; see docs/access.md.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Api {
+    /// Address for clients of other machines. Default: none.
+    pub listen: Option<SocketAddr>,
+    /// Its certificate chain, PEM. Needed with `listen`.
+    pub cert: Option<PathBuf>,
+    /// The certificate's key, PEM. Needed with `listen`.
+    pub key: Option<PathBuf>,
+    /// Authorities of client certificates, PEM. Default: none.
+    pub client_ca: Option<PathBuf>,
+    /// Ed25519 public keys of bearer tokens, PEM. Default: none; without `client_ca` a pair drawn in `DIR/keys`.
+    pub token_keys: Option<PathBuf>,
+    /// Who may do what. Default: nobody anything.
+    pub grants: Vec<ateapi::access::Grant>,
 }
 
 /// `[node]`.
@@ -204,6 +224,14 @@ impl Settings {
                     resolver: options.egress_resolver.or(file.egress.resolver),
                     ..file.egress.clone()
                 },
+                api: Api {
+                    listen: options.api_listen.or(file.api.listen),
+                    cert: file.api.cert.map(absolute),
+                    key: file.api.key.map(absolute),
+                    client_ca: file.api.client_ca.map(absolute),
+                    token_keys: file.api.token_keys.map(absolute),
+                    grants: file.api.grants,
+                },
                 ..file
             },
             dir,
@@ -216,6 +244,13 @@ impl Settings {
     fn check(&self) -> Result<(), Failure> {
         if self.workers == 0 {
             return Err(Failure::usage("workers is 0: give at least 1"));
+        }
+        let api = &self.file.api;
+        if let Some(listen) = api.listen
+            && (api.cert.is_none() || api.key.is_none())
+        {
+            return Err(Failure::usage(format!("the control plane cannot listen on {listen} without TLS"))
+                .with_way_out("name api.cert and api.key in the configuration file; see docs/access.md"));
         }
         // The longest that parts make below the run directory: an ateom's.
         let worker = self.run.join(format!("workers/{}/ingress.sock", worker_id(self.workers)));
@@ -286,6 +321,17 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_for_the_control_plane_needs_a_certificate() {
+        let options = Up { api_listen: Some(([127, 0, 0, 1], 1).into()), ..Up::default() };
+        assert!(resolve(&options, "").unwrap_err().way_out.unwrap().contains("api.cert"));
+        let text =
+            "[api]\ncert = \"c\"\nkey = \"/k\"\n[[api.grants]]\nsubject = \"cert:x\"\nrole = \"admin\"\n";
+        let api = resolve(&options, text).unwrap().file.api;
+        assert_eq!((api.cert, api.key), (Some("/cwd/c".into()), Some("/k".into())));
+        assert!(parse("[[api.grants]]\nsubject = \"cert:x\"\nrole = \"god\"\n").is_err());
+    }
+
+    #[test]
     fn unknown_keys_are_refused_with_their_line() {
         let error = parse("workers = 2\n[egress]\nresolvre = \"1.1.1.1:53\"\n").unwrap_err();
         assert!(error.contains("line 3") && error.contains("resolvre"), "{error}");
@@ -317,6 +363,11 @@ mod tests {
             Published { name: "a".into(), port: 1, target: ([127, 0, 0, 1], 1).into(), atespaces: vec![] };
         let mut file = File::default();
         file.egress.published.push(published);
+        file.api.grants.push(ateapi::access::Grant {
+            subject: "cert:a".into(),
+            role: ateapi::access::Role::Viewer,
+            atespaces: vec![],
+        });
         keys(&serde_json::to_value(file).unwrap(), "", &mut known);
         let listed: std::collections::BTreeSet<String> = document
             .lines()

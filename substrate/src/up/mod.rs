@@ -18,6 +18,8 @@ mod lock;
 mod logging;
 mod parts;
 
+pub use parts::CONTROL_KEYS;
+
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -29,7 +31,7 @@ use substrate_proto::ateapi as api;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{Global, Up};
-use crate::client::{Control, UP_FILE, UpInfo, connect_unix};
+use crate::client::{Control, UP_FILE, UpInfo, connect_unix, control};
 use crate::cmd::print;
 use crate::doctor;
 use crate::failure::{Doing as _, Exit, Failure};
@@ -153,6 +155,14 @@ impl Signals {
 
 fn make_dirs(settings: &Settings) -> Result<(), Failure> {
     use std::os::unix::fs::DirBuilderExt as _;
+    let unfinished = settings.dir.join(ateapi::backup::STAGING);
+    if unfinished.exists() {
+        return Err(Failure::new(
+            Exit::Refused,
+            format!("{} was left by a restore that did not finish", unfinished.display()),
+        )
+        .with_way_out(format!("empty {} and restore again", settings.dir.display())));
+    }
     for (dir, mode) in [
         (settings.dir.clone(), 0o755),
         (settings.run.clone(), 0o755),
@@ -186,12 +196,12 @@ async fn start(
     ateom: PathBuf,
     begun: Instant,
 ) -> Result<(UpInfo, Control), Failure> {
-    let ingress = parts.start(settings, runtime, ateom).await?;
+    let (ingress, api) = parts.start(settings, runtime, ateom).await?;
     let api_socket = settings.run.join("ateapi.sock");
     let channel = connect_unix(&api_socket)
         .await
         .doing(|| format!("cannot connect to the control plane at {}", api_socket.display()))?;
-    let mut control = Control::new(channel);
+    let mut control = control(channel);
     tokio::select! {
         alive = workers_alive(control.clone(), settings.workers) => {
             let alive = alive?;
@@ -221,6 +231,7 @@ async fn start(
         api_socket,
         driver_socket: settings.driver_socket.clone(),
         ingress,
+        api,
         workers: settings.workers,
         runsc: runtime.path.clone(),
         runsc_sha256: runtime.sha256.clone(),

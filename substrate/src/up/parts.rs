@@ -49,7 +49,8 @@ impl Parts {
         }
     }
 
-    /// Starts everything in the order in which each finds what it needs; returns the ingress address.
+    /// Starts everything in the order in which each finds what it needs; returns the addresses of ingress and of the
+    /// control plane's TCP listener.
     ///
     /// # Errors
     /// The first part that ends before it is ready, by name.
@@ -58,7 +59,7 @@ impl Parts {
         settings: &Settings,
         runtime: &Runtime,
         ateom: PathBuf,
-    ) -> Result<SocketAddr, Failure> {
+    ) -> Result<(SocketAddr, Option<SocketAddr>), Failure> {
         let api = format!("unix:{}", settings.run.join("ateapi.sock").display());
         let keys =
             atenet::token::ensure_key_pair(&settings.dir.join("keys")).doing(|| "ingress keys".to_owned())?;
@@ -69,10 +70,10 @@ impl Parts {
         let egress = egress_config(settings, &api);
         self.spawn("egress proxy", Side::Back, |ready, token| atenet::egress::serve(egress, ready, token))
             .await?;
-        self.spawn("control plane", Side::Back, |ready, token| {
-            ateapi::serve(control_config(settings), ready, token)
-        })
-        .await?;
+        let control = control_config(settings)?;
+        let remote = self
+            .spawn("control plane", Side::Back, |ready, token| ateapi::serve(control, ready, token))
+            .await?;
         let mut ingress = atenet::ingress::Config::new(api.clone(), keys.public);
         ingress.listen = settings.listen;
         if let Some(domain) = &settings.domain {
@@ -86,7 +87,7 @@ impl Parts {
             openshell_driver_substrate::serve(driver, ready, token)
         })
         .await?;
-        Ok(address)
+        Ok((address, remote))
     }
 
     /// Spawns a part and waits until it is ready.
@@ -167,7 +168,7 @@ fn note(name: &str, result: Result<(), String>) {
     }
 }
 
-fn control_config(settings: &Settings) -> ateapi::Config {
+fn control_config(settings: &Settings) -> Result<ateapi::Config, Failure> {
     let node = ateapi::NodeEndpoint {
         name: node_name(settings),
         endpoint: format!("unix:{}", settings.run.join("atelet.sock").display()),
@@ -186,8 +187,37 @@ fn control_config(settings: &Settings) -> ateapi::Config {
     set(&mut config.lease_term_ms, given.lease_term_ms);
     set(&mut config.lease_margin_ms, given.lease_margin_ms);
     set(&mut config.events_keep, given.events_keep);
-    config
+    config.audit = Some(settings.dir.join("logs/control-audit.jsonl"));
+    config.remote = remote_config(settings)?;
+    Ok(config)
 }
+
+/// The control plane's TCP listener. Where nothing says who is believed, tokens of a key of our own are.
+fn remote_config(settings: &Settings) -> Result<Option<ateapi::access::Remote>, Failure> {
+    let given = &settings.file.api;
+    let (Some(listen), Some(cert), Some(key)) = (given.listen, &given.cert, &given.key) else {
+        return Ok(None);
+    };
+    let token_keys = match (&given.client_ca, &given.token_keys) {
+        (None, None) => {
+            let files = atenet::token::ensure_key_pair_named(&settings.dir.join("keys"), CONTROL_KEYS)
+                .doing(|| "control plane keys".to_owned())?;
+            Some(files.public)
+        }
+        (_, keys) => keys.clone(),
+    };
+    Ok(Some(ateapi::access::Remote {
+        listen,
+        cert: cert.clone(),
+        key: key.clone(),
+        client_ca: given.client_ca.clone(),
+        token_keys,
+        grants: given.grants.clone(),
+    }))
+}
+
+/// Name of the key pair of tokens for the control plane.
+pub const CONTROL_KEYS: &str = "control";
 
 fn node_name(settings: &Settings) -> String {
     settings.file.node.name.clone().unwrap_or_else(|| "local".to_owned())
