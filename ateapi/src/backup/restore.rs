@@ -57,6 +57,7 @@ pub async fn restore(
     let schema = crate::store::schema_of(&database).await?;
     newer("schema", schema, crate::store::known_schema())?;
     check_keys(&staging, &database).await?;
+    crate::store::begin_new_history(&database).await?;
     files::sync_tree(&staging)?;
     for part in PARTS {
         let (old, new) = (staging.join(part), dir.join(part));

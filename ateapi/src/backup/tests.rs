@@ -68,6 +68,9 @@ async fn is_whole(dir: &Path) {
     let store = SqliteStore::open(&dir.join("control/state.db")).await.unwrap();
     let actor: Option<crate::model::Actor> = store::load(&store, "u1").await.unwrap();
     assert_eq!(actor.unwrap().uid.as_str(), "u1");
+    // Revisions of the other history mean nothing here.
+    assert!(matches!(store.changes(1, 1).await, Err(store::StoreError::Compacted { .. })));
+    assert!(*store.revisions().borrow() > 1_000_000_000);
     let sealed = store.sealed("u1").await.unwrap().unwrap();
     let files = Sealer::open(&dir.join("keys")).unwrap().unseal("u1", &sealed).unwrap();
     assert_eq!(files[0].content, b"hunter2");

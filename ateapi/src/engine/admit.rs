@@ -213,6 +213,19 @@ impl Driver {
                 }
                 Err(error) => self.reply(call, Err(error.into())),
             },
+            // It came about, or failed and says so, or was undone since: only a failure is tried again.
+            Verb::Resume { .. }
+                if matches!(self.actor.state, State::Running | State::Resuming)
+                    || !self.actor.reason.is_empty() =>
+            {
+                return Ok(Err(call));
+            }
+            // Joins the upload in flight, or finds it done; an actor that has moved on was promoted.
+            Verb::Promote if self.actor.state == State::Paused => return Ok(Err(call)),
+            Verb::Tag { .. } | Verb::Untag { .. } => {
+                let tagged = self.actor.snapshot(&id).cloned();
+                self.reply(call, Ok(tagged))
+            }
             _ => {
                 let last = self.actor.last_snapshot().cloned();
                 self.reply(call, Ok(last))
@@ -379,7 +392,7 @@ impl Driver {
             (State::Paused, Some(last)) => {
                 // In flight already, or asked for anew at once.
                 if last.upload.as_ref().is_none_or(|wish| wish.attempts > 0) {
-                    self.apply(Event::Promote, None).await?;
+                    self.apply(Event::Promote, call.request.as_ref()).await?;
                 }
                 self.wait_for(call, Goal::Durable(last.id))
             }
@@ -663,7 +676,8 @@ impl Driver {
             next.egress = Some(egress.clone());
             next.egress_revision += 1;
         }
-        if next != self.actor && !self.write(next, Vec::new(), None).await? {
+        let request = call.request.clone().map(|key| (key, self.uid.0.clone()));
+        if (next != self.actor || request.is_some()) && !self.write(next, Vec::new(), request).await? {
             let error = StoreError::Io("the record was read anew; call again".to_owned());
             return Ok(self.reply(call, Err(error.into())));
         }
@@ -702,7 +716,8 @@ impl Driver {
             }
         }
         let tagged = next.snapshot(&id).cloned();
-        if next != self.actor && !self.write(next, Vec::new(), None).await? {
+        let request = call.request.clone().map(|key| (key, id.0));
+        if (next != self.actor || request.is_some()) && !self.write(next, Vec::new(), request).await? {
             let error = StoreError::Io("the record was read anew; call again".to_owned());
             return Ok(self.reply(call, Err(error.into())));
         }

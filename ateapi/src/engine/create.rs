@@ -36,15 +36,30 @@ impl Engine {
     }
 
     /// Removes an empty atespace. False: there was none.
-    pub(crate) async fn delete_atespace(&self, name: &str) -> Result<bool, CallError> {
+    pub(crate) async fn delete_atespace(
+        &self,
+        name: &str,
+        request: Option<RequestKey>,
+    ) -> Result<bool, CallError> {
+        // Another of that name may have been made since.
+        if self.recall(request.as_ref()).await?.is_some() {
+            return Ok(true);
+        }
         let Some(atespace) = store::load::<Atespace>(&*self.store, name).await? else { return Ok(false) };
         let tx = Tx {
             checks: vec![Check::AtespaceEmpty(name.to_owned())],
             deletes: vec![(Kind::Atespace, name.to_owned(), Expect::Revision(atespace.revision))],
+            request: request.map(|key| self.led_to(key, name)),
             ..Tx::default()
         };
         self.store.commit(tx).await?;
         Ok(true)
+    }
+
+    /// The record of a request that is committed with what it led to.
+    pub(crate) fn led_to(&self, key: RequestKey, outcome: &str) -> RequestRecord {
+        let RequestKey { id, fingerprint } = key;
+        RequestRecord { id, fingerprint, outcome: outcome.to_owned(), time_ms: self.clock.wall_ms() }
     }
 
     /// What an earlier call with this id led to.

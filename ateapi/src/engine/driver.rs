@@ -356,7 +356,7 @@ impl Driver {
             self.op = None;
             self.upload = None;
             self.held = None;
-            self.apply(Event::Delete, None).await?;
+            self.apply(Event::Delete, call.request.as_ref()).await?;
             if self.actor.state != State::Deleting {
                 let _ = call.reply.send(Err(CallError::Store(StoreError::Io(
                     "the record was read anew; call again".to_owned(),

@@ -96,13 +96,22 @@ impl Engine {
     }
 
     /// Removes a template that no actor uses. False: there was none.
-    pub(crate) async fn delete_template(&self, atespace: &str, name: &str) -> Result<bool, CallError> {
+    pub(crate) async fn delete_template(
+        &self,
+        atespace: &str,
+        name: &str,
+        request: Option<super::RequestKey>,
+    ) -> Result<bool, CallError> {
+        if self.recall(request.as_ref()).await?.is_some() {
+            return Ok(true);
+        }
         let Some(template) = store::find::<Template>(&*self.store, atespace, name).await? else {
             return Ok(false);
         };
         let tx = Tx {
             checks: vec![Check::TemplateUnused(template.uid.0.clone())],
             deletes: vec![(Kind::Template, template.uid.0.clone(), Expect::Revision(template.revision))],
+            request: request.map(|key| self.led_to(key, template.uid.as_str())),
             ..Tx::default()
         };
         self.store.commit(tx).await?;

@@ -659,6 +659,28 @@ async fn request_ids_find_the_first_attempt() {
     h.engine.ask(&uid, Verb::Reset, key("r", "r")).await.unwrap();
     h.engine.ask(&uid, Verb::Reset, key("r", "r")).await.unwrap();
     assert_eq!(h.actor(&uid).await.generation, before.next());
+    // A late retry of a resume does not wake what was put to sleep since.
+    h.suspend(&uid).await.unwrap();
+    let resume = || Verb::Resume { cause: "user".into() };
+    h.engine.ask(&uid, resume(), key("w", "w")).await.unwrap();
+    assert!(h.engine.ask(&uid, resume(), key("w", "w")).await.unwrap().was_running);
+    h.suspend(&uid).await.unwrap();
+    h.engine.ask(&uid, resume(), key("w", "w")).await.unwrap();
+    assert_eq!(h.actor(&uid).await.state, State::Suspended);
+    // A late retry of an update or a tag does not undo what came after it.
+    let label = |value: &str| {
+        let labels = Some([("k".to_owned(), value.to_owned())].into());
+        Verb::Update(Box::new(Update { labels, ..Update::default() }))
+    };
+    h.engine.ask(&uid, label("old"), key("u1", "u1")).await.unwrap();
+    h.engine.ask(&uid, label("new"), key("u2", "u2")).await.unwrap();
+    let again = h.engine.ask(&uid, label("old"), key("u1", "u1")).await.unwrap().actor;
+    assert_eq!(again.spec.labels["k"], "new");
+    let tag = || Verb::Tag { snapshot: String::new(), tag: "v1".into() };
+    let tagged = h.engine.ask(&uid, tag(), key("t", "t")).await.unwrap().snapshot.unwrap();
+    h.ask(&uid, Verb::Untag { tag: "v1".into() }).await.unwrap();
+    let again = h.engine.ask(&uid, tag(), key("t", "t")).await.unwrap().snapshot.unwrap();
+    assert_eq!((again.id, again.tags.len()), (tagged.id, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -717,12 +739,12 @@ async fn templates_are_pinned_idempotent_and_kept_while_used() {
     let labels = std::collections::BTreeMap::new();
     let error = h.engine.create_template("space", "t", &other, labels, false).await.unwrap_err();
     assert!(matches!(error, CallError::Exists(_)));
-    assert!(h.engine.delete_template("space", "t").await.is_err());
-    assert!(h.engine.delete_atespace("space").await.is_err());
+    assert!(h.engine.delete_template("space", "t", None).await.is_err());
+    assert!(h.engine.delete_atespace("space", None).await.is_err());
     h.delete(&uid).await.unwrap();
-    assert!(h.engine.delete_template("space", "t").await.unwrap());
-    assert!(h.engine.delete_atespace("space").await.unwrap());
-    assert!(!h.engine.delete_atespace("space").await.unwrap());
+    assert!(h.engine.delete_template("space", "t", None).await.unwrap());
+    assert!(h.engine.delete_atespace("space", None).await.unwrap());
+    assert!(!h.engine.delete_atespace("space", None).await.unwrap());
 }
 
 #[tokio::test(start_paused = true)]

@@ -25,10 +25,12 @@ use crate::store::{self, EventQuery, Kind, Query, Tx};
 
 /// Pages read at most to fill one page of a list with selectors; what is beyond needs the next call.
 const PAGES_PER_LIST: usize = 20;
-/// Denials taken in one call.
-const MAX_DENIALS: usize = 100;
 /// Longest reason of a report that becomes part of an event, characters.
 const MAX_REASON: usize = 500;
+/// Denials taken in one call: what the egress proxy sends at most.
+const MAX_DENIALS: usize = 256;
+/// Longest text that is taken of a denial, bytes; a name and a port have room.
+const MAX_DENIAL_TEXT: usize = 300;
 
 /// The service.
 #[derive(Clone)]
@@ -217,7 +219,8 @@ impl Control for ControlService {
     ) -> Answered<ateapi::DeleteAtespaceResponse> {
         let request = request.into_inner();
         model::atespace_name("name", &request.name).map_err(invalid)?;
-        let deleted = self.engine.delete_atespace(&request.name).await?;
+        let key = request_key("DeleteAtespace", &request.request_id, &request).map_err(invalid)?;
+        let deleted = self.engine.delete_atespace(&request.name, key).await?;
         Ok(Response::new(ateapi::DeleteAtespaceResponse { deleted }))
     }
 
@@ -281,7 +284,8 @@ impl Control for ControlService {
         let request = request.into_inner();
         model::atespace_name("atespace", &request.atespace).map_err(invalid)?;
         model::resource_name("name", &request.name).map_err(invalid)?;
-        let deleted = self.engine.delete_template(&request.atespace, &request.name).await?;
+        let key = request_key("DeleteTemplate", &request.request_id, &request).map_err(invalid)?;
+        let deleted = self.engine.delete_template(&request.atespace, &request.name, key).await?;
         Ok(Response::new(ateapi::DeleteTemplateResponse { deleted }))
     }
 
@@ -348,7 +352,7 @@ impl Control for ControlService {
 
     async fn update_actor(&self, request: Request<ateapi::UpdateActorRequest>) -> Answered<ateapi::Actor> {
         let request = request.into_inner();
-        model::request_id(&request.request_id).map_err(invalid)?;
+        let key = request_key("UpdateActor", &request.request_id, &request).map_err(invalid)?;
         if let Some(labels) = &request.labels {
             model::labels("labels", &labels.entries).map_err(invalid)?;
         }
@@ -367,7 +371,7 @@ impl Control for ControlService {
             idle: request.idle,
             egress: request.egress,
         };
-        let answer = self.ask(request.actor.as_ref(), Verb::Update(Box::new(update)), None).await?;
+        let answer = self.ask(request.actor.as_ref(), Verb::Update(Box::new(update)), key).await?;
         Ok(Response::new(self.actor_answer(answer)))
     }
 
@@ -376,9 +380,9 @@ impl Control for ControlService {
         request: Request<ateapi::ResumeActorRequest>,
     ) -> Answered<ateapi::ResumeActorResponse> {
         let request = request.into_inner();
-        model::request_id(&request.request_id).map_err(invalid)?;
+        let key = request_key("ResumeActor", &request.request_id, &request).map_err(invalid)?;
         let cause = cause_or(&request.cause, "user").map_err(invalid)?;
-        let answer = self.ask(request.actor.as_ref(), Verb::Resume { cause }, None).await?;
+        let answer = self.ask(request.actor.as_ref(), Verb::Resume { cause }, key).await?;
         Ok(Response::new(ateapi::ResumeActorResponse {
             steps: answer.steps.clone(),
             was_running: answer.was_running,
@@ -422,8 +426,8 @@ impl Control for ControlService {
         request: Request<ateapi::PromoteActorRequest>,
     ) -> Answered<ateapi::SnapshotAnswer> {
         let request = request.into_inner();
-        model::request_id(&request.request_id).map_err(invalid)?;
-        let answer = self.ask(request.actor.as_ref(), Verb::Promote, None).await?;
+        let key = request_key("PromoteActor", &request.request_id, &request).map_err(invalid)?;
+        let answer = self.ask(request.actor.as_ref(), Verb::Promote, key).await?;
         Ok(Response::new(self.snapshot_answer(answer)))
     }
 
@@ -477,19 +481,25 @@ impl Control for ControlService {
         request: Request<ateapi::DeleteActorRequest>,
     ) -> Answered<ateapi::DeleteActorResponse> {
         let request = request.into_inner();
-        model::request_id(&request.request_id).map_err(invalid)?;
+        let request_key = request_key("DeleteActor", &request.request_id, &request).map_err(invalid)?;
         let key = model::actor_key(request.actor.as_ref()).map_err(invalid)?;
+        // A retry means the actor of the first attempt, also where another has its name by now.
+        let first = self.engine.recall(request_key.as_ref()).await?;
+        let was_asked = first.is_some();
+        let key = first.map_or(key, |uid| ActorKey::Uid(uid.into()));
         let gone = |error: &CallError| matches!(error, CallError::NotFound { kind: "actor", .. });
         let uid = match self.engine.resolve(&key).await {
             Ok(uid) => uid,
             Err(error) if gone(&error) => {
-                return Ok(Response::new(ateapi::DeleteActorResponse { deleted: false }));
+                return Ok(Response::new(ateapi::DeleteActorResponse { deleted: was_asked }));
             }
             Err(error) => return Err(error.into()),
         };
-        match self.engine.ask(&uid, Verb::Delete, None).await {
+        match self.engine.ask(&uid, Verb::Delete, request_key).await {
             Ok(_) => Ok(Response::new(ateapi::DeleteActorResponse { deleted: true })),
-            Err(error) if gone(&error) => Ok(Response::new(ateapi::DeleteActorResponse { deleted: false })),
+            Err(error) if gone(&error) => {
+                Ok(Response::new(ateapi::DeleteActorResponse { deleted: was_asked }))
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -541,11 +551,11 @@ impl Control for ControlService {
 
     async fn tag_snapshot(&self, request: Request<ateapi::TagSnapshotRequest>) -> Answered<ateapi::Snapshot> {
         let request = request.into_inner();
-        model::request_id(&request.request_id).map_err(invalid)?;
+        let key = request_key("TagSnapshot", &request.request_id, &request).map_err(invalid)?;
         model::tag("tag", &request.tag).map_err(invalid)?;
         model::snapshot_ref("snapshot", &request.snapshot, true).map_err(invalid)?;
         let verb = Verb::Tag { snapshot: request.snapshot, tag: request.tag };
-        let answer = self.ask(request.actor.as_ref(), verb, None).await?;
+        let answer = self.ask(request.actor.as_ref(), verb, key).await?;
         Ok(Self::tagged(&answer))
     }
 
@@ -554,9 +564,9 @@ impl Control for ControlService {
         request: Request<ateapi::UntagSnapshotRequest>,
     ) -> Answered<ateapi::Snapshot> {
         let request = request.into_inner();
-        model::request_id(&request.request_id).map_err(invalid)?;
+        let key = request_key("UntagSnapshot", &request.request_id, &request).map_err(invalid)?;
         model::tag("tag", &request.tag).map_err(invalid)?;
-        let answer = self.ask(request.actor.as_ref(), Verb::Untag { tag: request.tag }, None).await?;
+        let answer = self.ask(request.actor.as_ref(), Verb::Untag { tag: request.tag }, key).await?;
         Ok(Self::tagged(&answer))
     }
 
@@ -656,7 +666,20 @@ impl Control for ControlService {
         request: Request<ateapi::ReportDenialsRequest>,
     ) -> Answered<ateapi::ReportDenialsResponse> {
         let mut tx = Tx::default();
-        for denial in request.into_inner().denials.into_iter().take(MAX_DENIALS) {
+        let denials = request.into_inner().denials;
+        if denials.len() > MAX_DENIALS {
+            return Err(invalid(Invalid {
+                field: "denials".to_owned(),
+                message: format!(
+                    "has {} entries, at most {MAX_DENIALS} are taken in one call",
+                    denials.len()
+                ),
+            }));
+        }
+        for mut denial in denials {
+            for text in [&mut denial.protocol, &mut denial.destination, &mut denial.reason] {
+                text.truncate(text.floor_char_boundary(MAX_DENIAL_TEXT));
+            }
             // A late report of an actor that is gone is not worth an error.
             let Ok(actor) = self.engine.lookup(&ActorKey::Uid(denial.actor_uid.as_str().into())).await else {
                 continue;

@@ -102,6 +102,7 @@ fn code_and_reason(error: &CallError) -> (Code, String) {
         CallError::Store(StoreError::Check(Check::Exists(..))) => (Code::NotFound, "NOT_FOUND"),
         CallError::Store(StoreError::Check(_)) => (Code::FailedPrecondition, "IN_USE"),
         CallError::Store(StoreError::Compacted { .. }) => (Code::OutOfRange, "REVISION_TOO_OLD"),
+        CallError::Store(StoreError::Unknown { .. }) => (Code::OutOfRange, "REVISION_UNKNOWN"),
         CallError::Store(StoreError::Unusable(_)) => (Code::Internal, "STORE_UNUSABLE"),
         CallError::Store(StoreError::Io(_)) => (Code::Unavailable, "STORE_FAILED"),
         CallError::Secret(_) => (Code::Internal, "SECRET_FAILED"),

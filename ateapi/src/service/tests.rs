@@ -151,6 +151,66 @@ async fn lists_are_paged_and_filtered() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_retried_deletion_finds_its_success_and_spares_the_next_of_that_name() {
+    let h = Harness::new(&[1]).await;
+    let first = h.create("alice").await;
+    let service = service(&h);
+    let delete = |id: &str| {
+        let request = ateapi::DeleteActorRequest { actor: Some(named("alice")), request_id: id.into() };
+        service.delete_actor(Request::new(request))
+    };
+    assert!(delete("d-1").await.unwrap().into_inner().deleted);
+    assert!(delete("d-1").await.unwrap().into_inner().deleted, "the first attempt's success");
+    assert!(!delete("d-2").await.unwrap().into_inner().deleted, "another call finds nothing");
+    let spec = types::ActorSpec { template: "t".into(), ..Default::default() };
+    let next = h.engine.create_actor("space", "alice", spec, None, false, None).await.unwrap();
+    assert_ne!(next.uid, first);
+    assert!(delete("d-1").await.unwrap().into_inner().deleted);
+    assert_eq!(h.actor(&next.uid).await.name, "alice");
+    let forget = |id: &str| {
+        let request = ateapi::DeleteAtespaceRequest { name: "empty".into(), request_id: id.into() };
+        service.delete_atespace(Request::new(request))
+    };
+    h.engine.create_atespace("empty", BTreeMap::new()).await.unwrap();
+    assert!(forget("a-1").await.unwrap().into_inner().deleted);
+    h.engine.create_atespace("empty", BTreeMap::new()).await.unwrap();
+    assert!(forget("a-1").await.unwrap().into_inner().deleted);
+    assert!(forget("a-2").await.unwrap().into_inner().deleted, "it was still there");
+    assert_eq!(forget("a b").await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_revision_of_another_history_is_refused_and_events_are_read_on_without_a_gap() {
+    let h = Harness::new(&[1]).await;
+    let uid = h.running("alice").await;
+    let service = service(&h);
+    let request = ateapi::WatchRequest { from_revision: 1 << 40, ..Default::default() };
+    let mut stream = service.watch(Request::new(request)).await.unwrap().into_inner();
+    let status = stream.next().await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert_eq!(status.get_details_error_info().unwrap().reason, "REVISION_UNKNOWN");
+    for _ in 0..3 {
+        h.suspend(&uid).await.unwrap();
+        h.resume(&uid).await.unwrap();
+    }
+    let page = async |after_revision, limit| {
+        let request = ateapi::ListEventsRequest { after_revision, limit, ..Default::default() };
+        service.list_events(Request::new(request)).await.unwrap().into_inner().events
+    };
+    let all = page(0, 1_000).await;
+    let mut read: Vec<_> = all[..1].to_vec();
+    while let Some(last) = read.last().map(|it| it.revision) {
+        let more = page(last, 2).await;
+        if more.is_empty() {
+            break;
+        }
+        read.extend(more);
+    }
+    assert_eq!(read, all);
+    assert_eq!(page(0, 2).await, all[all.len() - 2..]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn errors_carry_reason_and_way_out() {
     let h = Harness::new(&[1]).await;
     h.create("alice").await;

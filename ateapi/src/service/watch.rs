@@ -60,6 +60,12 @@ impl Watcher {
     /// Serves one watch until its client goes.
     pub(super) async fn run(self, to: Sender) {
         let mut revisions = self.engine.store.revisions();
+        let latest = *revisions.borrow();
+        if self.from > latest {
+            let unknown = StoreError::Unknown { asked: self.from, latest };
+            let _ = to.send(Err(CallError::from(unknown).into())).await;
+            return;
+        }
         let (mut cursor, mut shown) = if self.from == 0 {
             let began = *revisions.borrow();
             match self.initial(&to, began).await {
@@ -71,7 +77,7 @@ impl Watcher {
         };
         loop {
             let latest = *revisions.borrow_and_update();
-            if cursor < latest || self.from > latest {
+            if cursor < latest {
                 match self.catch_up(&to, &mut cursor, &mut shown).await {
                     Ok(()) => {}
                     Err(Ended) => return,

@@ -112,6 +112,26 @@ pub(crate) async fn read_copy(
     close(path, connection).await
 }
 
+/// Has a restored database count its revisions from far beyond any that the original gave out since, and forget its
+/// changelog: a watch that resumes with a revision of that other history is told so instead of missing changes.
+pub(crate) async fn begin_new_history(path: &Path) -> Result<(), StoreError> {
+    let options =
+        SqliteConnectOptions::new().filename(path).create_if_missing(false).disable_statement_logging();
+    let mut connection =
+        SqliteConnection::connect_with(&options).await.map_err(failed(path, "cannot open it"))?;
+    let doing = "cannot renumber it";
+    let mut tx = connection.begin().await.map_err(failed(path, doing))?;
+    for statement in [
+        "UPDATE meta SET value = value + 1000000000 WHERE key = 'revision'",
+        "UPDATE meta SET value = (SELECT value FROM meta WHERE key = 'revision') WHERE key = 'floor'",
+        "DELETE FROM changelog",
+    ] {
+        sqlx::query(statement).execute(&mut *tx).await.map_err(failed(path, doing))?;
+    }
+    tx.commit().await.map_err(failed(path, doing))?;
+    close(path, connection).await
+}
+
 /// One sealed secret of a copy, with its owner.
 pub(crate) async fn any_sealed(path: &Path) -> Result<Option<(String, Vec<u8>)>, StoreError> {
     let mut connection = open(path).await?;

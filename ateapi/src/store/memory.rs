@@ -282,18 +282,17 @@ impl Store for MemoryStore {
     async fn events(&self, query: &EventQuery) -> Result<Vec<(u64, EventDraft)>, StoreError> {
         let inner = self.open()?;
         let fits = |wanted: &Option<String>, text: &str| wanted.as_ref().is_none_or(|it| it == text);
-        let mut events: Vec<_> = inner
-            .events
-            .range(query.after + 1..)
-            .rev()
-            .filter(|(_, event)| {
-                fits(&query.atespace, &event.atespace)
-                    && fits(&query.subject, &event.subject)
-                    && fits(&query.reason, &event.reason)
-            })
-            .take(query.limit)
-            .map(|(revision, event)| (*revision, event.clone()))
-            .collect();
+        let wanted = |(_, event): &(&u64, &EventDraft)| {
+            fits(&query.atespace, &event.atespace)
+                && fits(&query.subject, &event.subject)
+                && fits(&query.reason, &event.reason)
+        };
+        let own = |(revision, event): (&u64, &EventDraft)| (*revision, event.clone());
+        let all = inner.events.range(query.after + 1..);
+        if query.after > 0 {
+            return Ok(all.filter(wanted).take(query.limit).map(own).collect());
+        }
+        let mut events: Vec<_> = all.rev().filter(wanted).take(query.limit).map(own).collect();
         events.reverse();
         Ok(events)
     }

@@ -23,7 +23,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-pub(crate) use copy::{Copied, any_sealed, check_copy, copy_database, known_schema, read_copy, schema_of};
+pub(crate) use copy::{
+    Copied, any_sealed, begin_new_history, check_copy, copy_database, known_schema, read_copy, schema_of,
+};
 pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
 pub use typed::{find, list, list_all, load, parse};
@@ -274,6 +276,13 @@ pub enum StoreError {
     #[error("changes before revision {oldest} are no longer kept; start over from revision 0")]
     #[allow(missing_docs)]
     Compacted { oldest: u64 },
+    /// A revision that was never given out here.
+    #[error(
+        "revision {asked} is not known, the latest is {latest}: the store was restored from a backup; start over from \
+         revision 0"
+    )]
+    #[allow(missing_docs)]
+    Unknown { asked: u64, latest: u64 },
     /// The database file cannot be used.
     #[error("{0}")]
     Unusable(String),
@@ -311,7 +320,7 @@ pub trait Store: Send + Sync + 'static {
     async fn list(&self, query: &Query) -> Result<Vec<Object>, StoreError>;
     /// Up to `limit` changes after a revision, in order.
     async fn changes(&self, after: u64, limit: usize) -> Result<Vec<Change>, StoreError>;
-    /// Events, oldest first; the newest `limit` when more match.
+    /// Events, oldest first: the first `limit` after a revision, or without one the newest `limit`.
     async fn events(&self, query: &EventQuery) -> Result<Vec<(u64, EventDraft)>, StoreError>;
     /// What a request id led to.
     async fn request(&self, id: &str) -> Result<Option<RequestRecord>, StoreError>;

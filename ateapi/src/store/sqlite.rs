@@ -659,11 +659,18 @@ impl Store for SqliteStore {
                 sql.push(column).push_bind(value.clone());
             }
         }
-        sql.push(" ORDER BY revision DESC LIMIT ").push_bind(query.limit as i64);
+        sql.push(if query.after > 0 {
+            " ORDER BY revision LIMIT "
+        } else {
+            " ORDER BY revision DESC LIMIT "
+        });
+        sql.push_bind(query.limit as i64);
         let fail = self.io("cannot read events");
-        let rows = sql.build().fetch_all(&self.readers).await.map_err(&fail)?;
+        let mut rows = sql.build().fetch_all(&self.readers).await.map_err(&fail)?;
+        if query.after == 0 {
+            rows.reverse();
+        }
         rows.iter()
-            .rev()
             .map(|row| {
                 let doc: String = row.try_get("doc")?;
                 let event =
