@@ -53,7 +53,6 @@ fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     };
     let egress = types::EgressPolicy {
         allow: vec![types::EgressRule { host: "*.example.com".into(), ..Default::default() }],
-        ..Default::default()
     };
     vec![
         (

@@ -9,18 +9,15 @@ use substrate_proto::{ateapi as api, types};
 
 fn rules<M: Message + Default + PartialEq>(data: &[u8], rules: impl Fn(&M) -> Result<(), Invalid>) {
     let Ok(message) = M::decode(data) else { return };
-    match rules(&message) {
-        Err(refused) => {
-            assert!(!refused.field.is_empty(), "a refusal without a field: {refused}");
-            assert!(!refused.message.is_empty(), "a refusal of {} without a rule", refused.field);
-            // Somebody has to read it, and a log has to hold it.
-            assert!(refused.to_string().len() < 64 * 1024, "an endless refusal of {}", refused.field);
-        }
-        Ok(()) => {
-            let again = M::decode(message.encode_to_vec().as_slice()).expect("what we wrote ourselves");
-            rules(&again).expect("accepted once, refused the second time");
-        }
+    if let Err(refused) = rules(&message) {
+        assert!(!refused.field.is_empty(), "a refusal without a field: {refused}");
+        assert!(!refused.message.is_empty(), "a refusal of {} without a rule", refused.field);
+        // Somebody has to read it, and a log has to hold it.
+        assert!(refused.to_string().len() < 64 * 1024, "an endless refusal of {}", refused.field);
+        return;
     }
+    let again = M::decode(message.encode_to_vec().as_slice()).expect("what we wrote ourselves");
+    rules(&again).expect("accepted once, refused the second time");
 }
 
 /// Checks one input.

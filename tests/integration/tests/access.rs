@@ -36,7 +36,7 @@ async fn the_command_line_reaches_a_machine_over_tls_and_only_what_it_was_grante
         Ok((output.status.code(), text(output.stdout), text(output.stderr)))
     };
     let (code, seen, error) = from_afar(&["get", "atespaces", "-o", "name"])?;
-    ensure!(code == Some(0) && seen == "team\n", "{code:?} {seen} {error}");
+    ensure!(code == Some(0) && seen == "atespace/team\n", "{code:?} {seen} {error}");
     let (code, _, error) = from_afar(&["create", "atespace", "more"])?;
     ensure!(code == Some(1) && error.contains("may not call CreateAtespace"), "{code:?} {error}");
     let (code, _, error) = from_afar(&["-a", "other", "get", "actors"])?;
