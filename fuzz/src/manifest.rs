@@ -10,7 +10,7 @@ use prost::Message;
 pub fn check(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else { return };
     let Ok(key) = DataKey::random() else { return };
-    if kind % 2 == 0 {
+    if kind.is_multiple_of(2) {
         if let Ok(sealed) = manifest::read(data, None, "s") {
             assert!(sealed.open(&key).is_err(), "a body opened with a key that was drawn just now");
         }
