@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The seam to time.
+//! The seam to time and chance: a simulation replaces both, so that a seed replays.
 //!
 //! Deadlines are arithmetic on a monotonic clock that also counts a suspended machine (CLOCK_BOOTTIME, clock_gettime(2)),
 //! as the node agents and worker slots use it. Wall-clock time is only written into records for people.
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Where time comes from.
+/// Where time and the randomness of ids come from.
 #[async_trait::async_trait]
 pub trait Clock: Send + Sync + 'static {
     /// Monotonic time since an arbitrary moment.
@@ -14,6 +14,10 @@ pub trait Clock: Send + Sync + 'static {
     fn wall_ms(&self) -> i64;
     /// Returns once `now()` is at least `deadline`.
     async fn sleep_until(&self, deadline: Duration);
+    /// Random bits, for ids; keys and nonces are drawn elsewhere.
+    fn draw(&self) -> u128 {
+        rand::random()
+    }
 }
 
 /// The machine's clocks.

@@ -45,6 +45,7 @@ pub use testing::bench;
 pub use clock::{Clock, SystemClock, TokioClock};
 pub use config::{Config, NodeEndpoint};
 use futures::StreamExt as _;
+use substrate_proto::ateapi::admin_server::AdminServer;
 use substrate_proto::ateapi::control_server::ControlServer;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -125,6 +126,8 @@ pub async fn serve(
     let service = service::ControlService::new(Arc::clone(&engine));
     let control = ControlServer::new(access::Guarded::new(service, Arc::clone(&access)))
         .max_decoding_message_size(MAX_REQUEST);
+    let admin = AdminServer::new(service::admin::AdminService::new(Arc::clone(&engine), Arc::clone(&access)))
+        .max_decoding_message_size(MAX_REQUEST);
     // Health is anyone's who got a connection; the list of RPCs is for callers who say who they are.
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<ControlServer<access::Guarded>>().await;
@@ -153,6 +156,7 @@ pub async fn serve(
     let server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(20)))
         .add_service(control)
+        .add_service(admin)
         .add_service(health)
         .add_service(reflection)
         .serve_with_incoming_shutdown(incoming, signal);

@@ -73,6 +73,7 @@ pub fn template(wanted: &Wanted, config: &Config) -> TemplateSpec {
             .map(|retention| RetentionPolicy { keep_last: retention.keep_last.unwrap_or_default() }),
         worker_pool: asked.worker_pool.clone().unwrap_or_else(|| config.default_worker_pool.clone()),
         holds_identity: false,
+        golden: false,
     }
 }
 

@@ -83,6 +83,37 @@ impl Access {
         Ok(if names_an_actor(&certificate.name) { Identity::Actor(name) } else { Identity::Named(name) })
     }
 
+    /// Lets in whom the Unix socket let in, for verbs that are no remote caller's, with a line for each attempt.
+    pub(crate) fn local_only<T>(
+        &self,
+        verb: &str,
+        atespace: &str,
+        request: &Request<T>,
+    ) -> Result<(), Status> {
+        let identity = self.identify(request.extensions(), request.metadata())?;
+        let is_local = matches!(identity, Identity::Local { .. });
+        let (outcome, reason) = if is_local { ("OK", "") } else { ("PERMISSION_DENIED", "LOCAL_ONLY") };
+        if is_local || self.has_room_for_refusal() {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            self.audit.write(&Line {
+                time_ms: since.as_millis() as i64,
+                who: &identity.to_string(),
+                from: if is_local { "unix" } else { "remote" },
+                verb,
+                atespace,
+                actor: "",
+                request_id: "",
+                outcome,
+                reason,
+                ms: 0,
+            });
+        }
+        if is_local {
+            return Ok(());
+        }
+        Err(refusal(Code::PermissionDenied, reason, "this is decided on the control plane's own machine", "call it there"))
+    }
+
     fn grants_of<'a>(&'a self, who: &'a str, verb: &'a Verb) -> impl Iterator<Item = &'a Grant> {
         self.grants.iter().filter(move |grant| grant.subject == who && grant.role.has(verb.right))
     }

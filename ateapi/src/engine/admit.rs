@@ -16,7 +16,7 @@ use crate::model::{
 };
 use crate::retention;
 use crate::state::{self, Event, way_out};
-use crate::store::{self, Check, Expect, Kind, RefChange, RequestRecord, StoreError, Tx};
+use crate::store::{self, Check, Expect, Kind, RefChange, RequestRecord, StoreError, Tx, UsageChange};
 
 /// What a call waits for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,8 +57,8 @@ impl Driver {
         Ok(any)
     }
 
-    /// Whether a goal is reached, failed, or still open.
-    pub(super) fn judge(&self, goal: &Goal) -> Option<Verdict> {
+    /// Whether a goal is reached, failed, or still open. `seen`: its snapshot has been complete.
+    pub(super) fn judge(&self, goal: &Goal, seen: bool) -> Option<Verdict> {
         let actor = &self.actor;
         let is_stopping = matches!(actor.state, State::Suspending | State::Pausing);
         let in_progress = |id: &SnapshotId| match &actor.work {
@@ -84,7 +84,8 @@ impl Driver {
             Goal::Durable(id) => {
                 let later = || {
                     let begun = actor.snapshots.iter().skip_while(|it| it.id != *id);
-                    begun.chain(actor.last_snapshot()).find(|it| it.is_durable()).cloned()
+                    let superseding = actor.last_snapshot().filter(|_| found(id).is_none());
+                    begun.chain(superseding).find(|it| it.is_durable()).cloned()
                 };
                 match found(id) {
                     Some(snapshot) if snapshot.is_durable() => Some(Ok(Some(snapshot))),
@@ -94,6 +95,8 @@ impl Driver {
                         None => Some(later().map(Some).ok_or_else(|| self.refusal_or_failed())),
                     },
                     None if in_progress(id) => None,
+                    // It never came to be: what is there is older.
+                    None if !seen => Some(Err(self.refusal_or_failed())),
                     // Superseded by a later one, which began later still; one that was lost is not judged here.
                     None => match (later(), actor.owed_upload()) {
                         (Some(snapshot), _) => Some(Ok(Some(snapshot))),
@@ -152,7 +155,7 @@ impl Driver {
     }
 
     fn wait_for(&mut self, call: Call, goal: Goal) -> Admitted {
-        self.waiters.push(Waiter { call, goal, was_running: false });
+        self.waiters.push(Waiter { call, goal, seen: false });
         Admitted::Yes
     }
 
@@ -187,13 +190,15 @@ impl Driver {
         Ok(Ok(match &call.verb {
             Verb::Suspend { .. } | Verb::Pause { .. } => {
                 let goal = Goal::Stopped(id.clone());
-                if self.judge(&goal).is_some() && self.actor.snapshot(&id).is_none() {
+                if self.judge(&goal, false).is_some() && self.actor.snapshot(&id).is_none() {
                     return Ok(Err(call));
                 }
                 self.wait_for(call, goal)
             }
             Verb::Checkpoint { durable, .. } => {
-                if self.judge(&Goal::OnNode(id.clone())).is_some() && self.actor.snapshot(&id).is_none() {
+                if self.judge(&Goal::OnNode(id.clone()), false).is_some()
+                    && self.actor.snapshot(&id).is_none()
+                {
                     return Ok(Err(call));
                 }
                 let goal = if *durable { Goal::Durable(id) } else { Goal::OnNode(id) };
@@ -265,7 +270,7 @@ impl Driver {
             Verb::Untag { tag } => self.admit_tag(call, None, &tag).await,
             Verb::Bind { generation, name } => self.admit_bind(call, generation, &name).await,
             // Handled as it arrives.
-            Verb::Delete => Ok(Admitted::Wait(call)),
+            Verb::Delete | Verb::NodeLost { .. } => Ok(Admitted::Wait(call)),
         }
     }
 
@@ -359,7 +364,8 @@ impl Driver {
             (State::Running, _) => {
                 self.steps.clear();
                 self.refusal = None;
-                let snapshot = SnapshotId::draw();
+                let snapshot = super::golden::snapshot_id(&self.actor)
+                    .unwrap_or_else(|| SnapshotId::draw(&*self.engine.clock));
                 let id = snapshot.clone();
                 let event = Event::Stop { kind, snapshot, by, only_if_idle, drain_ms, promote_after_ms };
                 self.apply(event, call.request.as_ref()).await?;
@@ -411,9 +417,16 @@ impl Driver {
     /// What has to hold for a checkpoint call whatever the state: its generation, and the bound on memory.
     fn checkpoint_is_fair(&self, generation: u64, max_heap: u64) -> Result<Option<Snapshot>, CallError> {
         let actor = &self.actor;
-        if generation != 0 && generation != actor.generation.0 {
-            // A stop that ended that generation captured all that it ever did.
-            let last = actor.snapshots.iter().rev().find(|it| it.generation.0 == generation && it.is_final());
+        let is_awake =
+            matches!(actor.state, State::Resuming | State::Running | State::Suspending | State::Pausing);
+        if generation != 0 && (generation != actor.generation.0 || !is_awake) {
+            // A stop that ended that generation captured all that it ever did. Where none did, the actor has gone back,
+            // and what the caller saw is lost.
+            let last = actor
+                .snapshots
+                .iter()
+                .rev()
+                .find(|it| it.generation.0 == generation && it.origin == actor.uid && it.is_final());
             return last.cloned().map(Some).ok_or_else(|| CallError::StaleGeneration {
                 actor: self.label(),
                 asked: generation,
@@ -443,7 +456,11 @@ impl Driver {
             Ok(None) => {}
         }
         match self.actor.state {
-            State::Running if self.op.is_none() && self.actor.work.is_none() && self.node_is_up() => {}
+            State::Running if self.op.is_none() && self.actor.work.is_none() && self.node_is_up() => {
+                if let Err(error) = self.engine.snapshot_quota(&self.actor.atespace).await {
+                    return Ok(self.reply(call, Err(error)));
+                }
+            }
             State::Running if !self.node_is_up() && self.op.is_none() => {
                 let node = self.actor.placement.as_ref().map_or_else(String::new, |it| it.node.0.clone());
                 return Ok(self.reply(call, Err(CallError::NodeUnreachable(node))));
@@ -487,7 +504,7 @@ impl Driver {
         self.queue = rest;
         self.steps.clear();
         self.refusal = None;
-        let snapshot = SnapshotId::draw();
+        let snapshot = SnapshotId::draw(&*self.engine.clock);
         let event = Event::Checkpoint {
             snapshot: snapshot.clone(),
             durable: group.iter().any(|(_, durable)| *durable),
@@ -589,8 +606,9 @@ impl Driver {
     /// The new actor's record, its hold on the snapshot's blobs and its files in one commit. This driver is the only
     /// one that could retire the snapshot, and is busy here.
     async fn fork(&mut self, name: &str, mut snapshot: Snapshot, call: &Call) -> Result<Actor, CallError> {
+        self.engine.snapshot_quota(&self.actor.atespace).await?;
         let now = self.engine.clock.wall_ms();
-        let uid = ActorUid::draw();
+        let uid = ActorUid::draw(&*self.engine.clock);
         snapshot.tags.clear();
         snapshot.upload = None;
         let source = &self.actor;
@@ -637,8 +655,14 @@ impl Driver {
                 holder: retention::holder(&fork, &snapshot),
                 blobs: retention::blobs(&snapshot),
             }],
+            usage: vec![UsageChange {
+                atespace: fork.atespace.clone(),
+                actors: 1,
+                bytes: fork.snapshot_bytes() as i64,
+            }],
             ..Tx::default()
         };
+        tx.checks.extend(self.engine.actor_quota(&fork.atespace));
         if !files.is_empty() {
             tx.seals.push((uid.0.clone(), Some(self.engine.sealer.seal(uid.as_str(), &files)?)));
         }
@@ -653,7 +677,7 @@ impl Driver {
                 "actor {}/{name} exists already; choose another name",
                 fork.atespace
             )),
-            other => other.into(),
+            other => super::Engine::refused_commit(other),
         })?;
         Ok(Actor { revision: committed.puts.first().copied().unwrap_or_default(), ..fork })
     }

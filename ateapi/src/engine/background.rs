@@ -8,7 +8,7 @@ use futures::StreamExt as _;
 use substrate_proto::{atelet, types};
 
 use super::driver::{Booking, PlaceError};
-use super::{CallError, Command, Engine, Link, Verb, lock};
+use super::{CallError, Engine, Link, Verb, lock};
 use crate::model::{Actor, ActorUid, Generation, NodeName, Placement, State, Stored as _, WorkerId};
 use crate::schedule::{Need, NoWorker, Pool};
 use crate::store::{Expect, Garbage, Kind, Query, Trim, Tx};
@@ -26,7 +26,7 @@ const COLLECT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Finds and books a worker (`Place`; undo: the booking is given back when it is dropped).
 ///
-/// A full pool first suspends its longest idle actor, then waits for the worker that is being freed, within bounds.
+/// A full pool first suspends its longest idle actor (the next one where that is busy after all), then waits for the worker that is being freed, within bounds.
 /// Right after a start it waits for the nodes to report.
 pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Result<Booking, PlaceError> {
     let killed = |Killed| PlaceError::Killed;
@@ -34,6 +34,8 @@ pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Re
         return Err(PlaceError::Call(CallError::NoWorker(NoWorker::None(status.message().to_owned()))));
     }
     let last = actor.last_snapshot().filter(|_| !afresh);
+    let goldens = if afresh { Vec::new() } else { engine.goldens_for(&actor) };
+    let makes = super::golden::needs(&actor);
     let only = last.filter(|it| !it.is_durable()).and_then(|it| it.node.clone());
     if last.is_some_and(|it| !it.is_durable() && it.node.is_none()) {
         let message = "its snapshot has no copy left; revert or reset it".to_owned();
@@ -44,18 +46,35 @@ pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Re
     let need = Need {
         pool: &actor.pool,
         class: &actor.class,
-        snapshot: last.map(|it| &it.compatibility),
+        snapshot: last.map(|it| &it.compatibility).or(makes.as_ref()),
         only: only.as_ref(),
         prefer: &prefer,
     };
     let deadline = engine.clock.now() + engine.settings.place_wait;
-    let mut evicted = false;
-    let mut changed = engine.pool_changed.subscribe();
+    if makes.is_none() {
+        engine.take_start(&actor.atespace).map_err(|exceeded| PlaceError::Call(exceeded.into()))?;
+    }
+    let mut victim: Option<ActorUid> = None;
     loop {
-        changed.mark_unchanged();
+        let changed = engine.pool_changed.notified();
         let error = {
             let mut pool = lock(&engine.pool);
-            match pool.pick(&need) {
+            if makes.is_none()
+                && let Err(exceeded) = engine.running_quota(&pool, &actor.atespace)
+            {
+                return Err(PlaceError::Call(exceeded.into()));
+            }
+            // From a golden snapshot where a worker fits one, else from the image.
+            let golden = goldens.iter().find_map(|golden| {
+                let prefer: Vec<NodeName> = golden.node.iter().cloned().collect();
+                let need = Need { snapshot: Some(&golden.compatibility), prefer: &prefer, ..need.clone() };
+                pool.pick(&need).ok().map(|picked| (picked, golden.clone()))
+            });
+            let (picked, golden) = match golden {
+                Some((picked, golden)) => (Ok(picked), Some(Box::new(golden))),
+                None => (pool.pick(&need), None),
+            };
+            match picked {
                 Ok((worker, node)) => {
                     let generation = actor.generation.next();
                     let assignment = types::Assignment {
@@ -73,6 +92,7 @@ pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Re
                         uid: actor.uid.clone(),
                         generation,
                         placement,
+                        golden,
                     };
                     hit(&engine, StepName::Place, When::After).map_err(killed)?;
                     return Ok(booking);
@@ -86,16 +106,19 @@ pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Re
             }
         };
         let freeing = matches!(error, NoWorker::Full { being_freed: true, .. });
-        if matches!(error, NoWorker::Full { .. }) && !freeing && !evicted {
-            evicted = engine.evict_longest_idle(&need);
+        // One at a time; when it turns out to be busy, the next one is asked.
+        victim = victim.filter(|uid| engine.is_asked(uid));
+        if matches!(error, NoWorker::Full { .. }) && !freeing && victim.is_none() && makes.is_none() {
+            victim = engine.evict_longest_idle(&need);
         }
         let settling = matches!(error, NoWorker::None(_))
-            && engine.nodes.values().any(|node| *node.link.borrow() == Link::Down);
-        if !(freeing || evicted || settling) || engine.clock.now() >= deadline {
+            && engine.nodes.values().any(|node| node.link.read(|link| *link == Link::Down));
+        if !(freeing || victim.is_some() || settling) || engine.clock.now() >= deadline {
             return Err(PlaceError::Call(error.into()));
         }
         tokio::select! {
-            _ = changed.changed() => {}
+            biased;
+            () = changed => {}
             () = engine.clock.sleep_until(deadline) => {}
         }
     }
@@ -103,8 +126,8 @@ pub(super) async fn place(engine: Arc<Engine>, actor: Actor, afresh: bool) -> Re
 
 impl Engine {
     /// Asks the longest quiet actor that holds a fitting worker to suspend, if it has been quiet for long enough.
-    fn evict_longest_idle(self: &Arc<Self>, need: &Need<'_>) -> bool {
-        let Some(after) = self.settings.evict_after else { return false };
+    fn evict_longest_idle(self: &Arc<Self>, need: &Need<'_>) -> Option<ActorUid> {
+        let after = self.settings.evict_after?;
         let held: Vec<(ActorUid, Generation)> = {
             let pool = lock(&self.pool);
             pool.iter()
@@ -129,10 +152,10 @@ impl Engine {
             }
             longest
         };
-        let Some((_, uid)) = victim else { return false };
+        let (_, uid) = victim?;
         let verb = Verb::Suspend { by: "evict".to_owned(), only_if_idle: true, drain_ms: 0 };
         self.ask_quietly(&uid, verb);
-        true
+        Some(uid)
     }
 
     pub(super) fn spawn_background(self: &Arc<Self>) {
@@ -142,6 +165,8 @@ impl Engine {
         self.spawn(async move { engine.publish_workers().await });
         let engine = Arc::clone(self);
         self.spawn(async move { engine.run_collector().await });
+        let engine = Arc::clone(self);
+        self.spawn(async move { engine.run_golden().await });
         let engine = Arc::clone(self);
         self.spawn(async move {
             loop {
@@ -156,30 +181,6 @@ impl Engine {
                 engine.pause(TRIM_EVERY).await;
             }
         });
-    }
-
-    /// Wakes drivers when something of their actor is due. One entry per due thing: sleeping actors cost nothing.
-    async fn run_timers(self: Arc<Self>) {
-        loop {
-            let now = self.clock.wall_ms();
-            let mut due = Vec::new();
-            let next = {
-                let mut timers = lock(&self.timers);
-                while timers.first().is_some_and(|(at, _)| *at <= now) {
-                    due.extend(timers.pop_first().map(|(_, uid)| uid));
-                }
-                timers.first().map(|(at, _)| *at)
-            };
-            for uid in due {
-                self.tell(&uid, Command::Wake);
-            }
-            let wait =
-                next.map_or(Duration::from_hours(1), |at| Duration::from_millis((at - now).max(1) as u64));
-            tokio::select! {
-                () = self.timers_changed.notified() => {}
-                () = self.pause(wait) => {}
-            }
-        }
     }
 
     /// Commits what watchers and a next start should know of workers; the latest state of each, in order.
@@ -218,6 +219,7 @@ impl Engine {
             let left = self.collect(Duration::from_mins(1)).await;
             if left {
                 tokio::select! {
+                    biased;
                     () = self.garbage_added.notified() => {}
                     () = self.pause(COLLECT_AGAIN) => {}
                 }
@@ -234,6 +236,7 @@ impl Engine {
     pub(crate) async fn collect(&self, within: Duration) -> bool {
         let deadline = self.clock.now() + within;
         tokio::select! {
+            biased;
             left = self.collect_all() => left,
             () = self.clock.sleep_until(deadline) => true,
         }
@@ -354,7 +357,9 @@ impl Engine {
         query.states = [State::Running, State::Resuming, State::Suspending, State::Pausing]
             .map(|state| state.to_proto() as i64)
             .to_vec();
-        let actors: Vec<Actor> = crate::store::list_all(&*self.store, query).await?;
+        let mut actors: Vec<Actor> = crate::store::list_all(&*self.store, query.clone()).await?;
+        query.kind = Kind::Golden;
+        actors.extend(crate::store::list_all::<Actor>(&*self.store, query).await?);
         let outcomes: Vec<(String, Result<_, CallError>)> = futures::stream::iter(actors)
             .map(|actor| async move {
                 let label = format!("{}/{}", actor.atespace, actor.name);

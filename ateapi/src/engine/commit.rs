@@ -8,7 +8,7 @@ use super::{Reply, RequestKey};
 use crate::model::{Actor, Snapshot, SnapshotNote, State, Stored as _};
 use crate::retention;
 use crate::state::{self, Effect, Event, Refused};
-use crate::store::{self, Expect, Garbage, Kind, Note, RefChange, RequestRecord, StoreError, Tx};
+use crate::store::{Expect, Garbage, Kind, Note, RefChange, RequestRecord, StoreError, Tx, UsageChange};
 use crate::workflow::steps::{self, Killed};
 use crate::workflow::{self, StepName, When};
 
@@ -84,6 +84,9 @@ impl Driver {
     ) -> Result<bool, End> {
         steps::hit(&self.engine, StepName::Commit, When::Before).map_err(|Killed| End)?;
         let mut tx = Tx { events, ..Tx::default() };
+        let given_up =
+            self.actor.snapshots.iter().filter(|it| it.is_durable() && next.snapshot(&it.id).is_none());
+        tx.refs.extend(given_up.map(|it| RefChange::Drop { holder: retention::holder(&self.actor, it) }));
         if next.state != State::Deleting {
             let retired = retention::retire(&mut next);
             tx.refs.extend(retired.refs);
@@ -94,7 +97,13 @@ impl Driver {
             if before == Some(snapshot) {
                 continue;
             }
-            tx.notes.push(note(&next, snapshot, false));
+            tx.notes.extend(note(&next, snapshot, false));
+            #[cfg(test)]
+            if self.engine.faults.undoes(crate::workflow::Rule::DropAfterDurable)
+                && let Some(node) = &snapshot.node
+            {
+                tx.garbage.push(retention::node_copy(snapshot, node));
+            }
             if snapshot.is_durable() && !before.is_some_and(Snapshot::is_durable) {
                 let holder = retention::holder(&next, snapshot);
                 tx.refs.push(RefChange::Hold { holder, blobs: retention::blobs(snapshot) });
@@ -106,7 +115,7 @@ impl Driver {
         }
         for snapshot in &self.actor.snapshots {
             if next.snapshot(&snapshot.id).is_none() {
-                tx.notes.push(note(&next, snapshot, true));
+                tx.notes.extend(note(&next, snapshot, true));
             }
         }
         let garbage = !tx.garbage.is_empty() || !tx.refs.is_empty();
@@ -117,6 +126,10 @@ impl Driver {
             outcome,
             time_ms: now,
         });
+        let bytes = next.snapshot_bytes() as i64 - self.actor.snapshot_bytes() as i64;
+        if bytes != 0 && next.golden.is_none() {
+            tx.usage.push(UsageChange { atespace: next.atespace.clone(), actors: 0, bytes });
+        }
         tx.puts.push((next.object(), Expect::Revision(self.actor.revision)));
         match self.engine.store.commit(tx).await {
             Ok(committed) => {
@@ -158,7 +171,7 @@ impl Driver {
                 let pause = workflow::backoff_ms(self.failures.min(4)) as u64;
                 self.engine.pause(Duration::from_millis(pause)).await;
             }
-            match store::load::<Actor>(&*self.engine.store, self.uid.as_str()).await {
+            match super::golden::load(&self.engine, &self.uid).await {
                 Ok(Some(actor)) => {
                     self.actor = actor;
                     return Ok(());
@@ -182,17 +195,21 @@ impl Driver {
         steps::hit(&self.engine, StepName::Commit, When::Before).map_err(|Killed| End)?;
         let actor = &self.actor;
         let mut tx = Tx {
-            deletes: vec![(Kind::Actor, actor.uid.0.clone(), Expect::Revision(actor.revision))],
+            deletes: vec![(actor.kind(), actor.uid.0.clone(), Expect::Revision(actor.revision))],
             seals: vec![(actor.uid.0.clone(), None)],
             ..Tx::default()
         };
+        if actor.golden.is_none() {
+            let (atespace, bytes) = (actor.atespace.clone(), -(actor.snapshot_bytes() as i64));
+            tx.usage.push(UsageChange { atespace, actors: -1, bytes });
+        }
         for effect in effects {
             if let Effect::Record(event) = effect {
                 tx.events.push(event);
             }
         }
         for snapshot in &actor.snapshots {
-            tx.notes.push(note(actor, snapshot, true));
+            tx.notes.extend(note(actor, snapshot, true));
             if snapshot.is_durable() {
                 tx.refs.push(RefChange::Drop { holder: retention::holder(actor, snapshot) });
             }
@@ -216,19 +233,23 @@ impl Driver {
     }
 }
 
-fn note(actor: &Actor, snapshot: &Snapshot, deleted: bool) -> Note {
+/// What watches are told of a snapshot.
+fn note(actor: &Actor, snapshot: &Snapshot, deleted: bool) -> Option<Note> {
+    if actor.golden.is_some() {
+        return None;
+    }
     let shown = SnapshotNote {
         actor_uid: actor.uid.clone(),
         atespace: actor.atespace.clone(),
         actor_name: actor.name.clone(),
         snapshot: snapshot.clone(),
     };
-    Note {
+    Some(Note {
         kind: Kind::Snapshot,
         key: snapshot.id.0.clone(),
         atespace: actor.atespace.clone(),
         name: actor.name.clone(),
         deleted,
         doc: serde_json::to_string(&shown).unwrap_or_default(),
-    }
+    })
 }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use substrate_proto::types;
 
 use super::{CallError, Engine, RequestKey, Verb};
-use crate::model::{Actor, ActorUid, Atespace, Generation, State, Stored as _, Template};
+use crate::model::{Actor, ActorUid, Atespace, Generation, Quota, State, Stored as _, Template};
 use crate::retention::DEFAULT_KEEP_LAST;
 use crate::state;
-use crate::store::{self, Check, Expect, Kind, RequestRecord, StoreError, Tx};
+use crate::store::{self, Check, Expect, Kind, RequestRecord, StoreError, Tx, UsageChange};
 
 impl Engine {
     /// Creates an atespace; again with the same labels is the same.
@@ -18,8 +18,13 @@ impl Engine {
         name: &str,
         labels: BTreeMap<String, String>,
     ) -> Result<Atespace, CallError> {
-        let atespace =
-            Atespace { name: name.to_owned(), labels, created_ms: self.clock.wall_ms(), revision: 0 };
+        let atespace = Atespace {
+            name: name.to_owned(),
+            labels,
+            created_ms: self.clock.wall_ms(),
+            quota: Quota::default(),
+            revision: 0,
+        };
         let tx = Tx { puts: vec![(atespace.object(), Expect::Absent)], ..Tx::default() };
         match self.store.commit(tx).await {
             Ok(committed) => {
@@ -53,6 +58,7 @@ impl Engine {
             ..Tx::default()
         };
         self.store.commit(tx).await?;
+        super::lock(&self.quotas).set(name, Quota::default(), self.clock.now());
         Ok(true)
     }
 
@@ -96,9 +102,10 @@ impl Engine {
             store::find(&*self.store, atespace, &spec.template).await?.ok_or_else(|| {
                 CallError::NotFound { kind: "template", name: format!("{atespace}/{}", spec.template) }
             })?;
+        self.snapshot_quota(atespace).await?;
         let now = self.clock.wall_ms();
         let asked_uid = uid.clone();
-        let uid = uid.unwrap_or_else(ActorUid::draw);
+        let uid = uid.unwrap_or_else(|| ActorUid::draw(&*self.clock));
         let mut shown = spec.clone();
         for file in &mut shown.files {
             file.content.clear();
@@ -143,6 +150,8 @@ impl Engine {
             nodes: BTreeSet::new(),
             promote_at_ms: 0,
             clone: false,
+            golden: None,
+            boots_cold: false,
             revision: 0,
         };
         let mut tx = Tx {
@@ -158,8 +167,10 @@ impl Engine {
                 format!("from template {}", template.name),
                 false,
             )],
+            usage: vec![UsageChange { atespace: atespace.to_owned(), actors: 1, bytes: 0 }],
             ..Tx::default()
         };
+        tx.checks.extend(self.actor_quota(atespace));
         if !spec.files.is_empty() {
             tx.seals.push((uid.0.clone(), Some(self.sealer.seal(uid.as_str(), &spec.files)?)));
         }
@@ -179,7 +190,7 @@ impl Engine {
                     CallError::Exists(format!("actor {atespace}/{name} or its uid {uid} exists already"))
                 });
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(Self::refused_commit(error)),
         };
         if start {
             self.ask_quietly(&actor.uid, Verb::Resume { cause: "create".to_owned() });

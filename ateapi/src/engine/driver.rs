@@ -24,7 +24,7 @@ use super::{Answer, Call, CallError, Command, Engine, News, Verb};
 use crate::model::{Actor, ActorUid, Placement, Snapshot, SnapshotId, State, Work};
 use crate::schedule::NoWorker;
 use crate::state::{self, Event};
-use crate::store::{self, StoreError};
+use crate::store::StoreError;
 use crate::workflow::steps::{self, Killed, Outcome};
 use crate::workflow::{self, Next, StepName};
 
@@ -35,7 +35,8 @@ const RESUME_TRIES: u8 = 2;
 pub(super) struct Waiter {
     pub(super) call: Call,
     pub(super) goal: Goal,
-    pub(super) was_running: bool,
+    /// The record has held its snapshot: when it is gone, a later one stands for it.
+    pub(super) seen: bool,
 }
 
 /// What is in flight.
@@ -65,6 +66,8 @@ pub(super) struct Booking {
     pub(super) uid: ActorUid,
     pub(super) generation: crate::model::Generation,
     pub(super) placement: Option<Placement>,
+    /// What a new actor starts from there.
+    pub(super) golden: Option<Box<Snapshot>>,
 }
 
 impl Drop for Booking {
@@ -107,7 +110,7 @@ pub(super) struct DriverStart {
 impl DriverStart {
     pub(super) async fn run(mut self) {
         let actor = loop {
-            match store::load::<Actor>(&*self.engine.store, self.uid.as_str()).await {
+            match super::golden::load(&self.engine, &self.uid).await {
                 Ok(Some(actor)) => break actor,
                 Ok(None) => {
                     // Nobody of that uid: answer until nobody asks any more.
@@ -282,10 +285,9 @@ impl Driver {
             return;
         }
         let now = self.engine.clock.wall_ms();
-        let due = self
-            .actor
-            .owed_upload()
-            .filter(|snapshot| snapshot.upload.as_ref().is_some_and(|wish| wish.not_before_ms <= now));
+        let due = self.actor.owed_upload().filter(|snapshot| {
+            snapshot.upload.as_ref().is_some_and(|wish| workflow::upload_is_due(wish, now))
+        });
         if let Some(snapshot) = due {
             let id = snapshot.id.clone();
             let future = steps::upload(Arc::clone(&self.engine), self.actor.clone(), id.clone());
@@ -297,14 +299,18 @@ impl Driver {
     async fn do_what_is_due(&mut self) -> Result<bool, End> {
         let now = self.engine.clock.wall_ms();
         let actor = &self.actor;
-        if actor.state == State::Paused && actor.promote_at_ms != 0 && actor.promote_at_ms <= now {
+        if workflow::promotion_is_due(actor, now) {
             self.apply(Event::Promote, None).await?;
             return Ok(true);
         }
-        let due = workflow::checkpoint_due(actor).is_some_and(|at| at <= now);
-        if due && actor.work.is_none() && self.op.is_none() && self.node_is_up() {
+        if workflow::checkpoint_is_due(actor, now)
+            && actor.work.is_none()
+            && self.op.is_none()
+            && self.node_is_up()
+            && self.engine.snapshot_quota(&actor.atespace).await.is_ok()
+        {
             let event = Event::Checkpoint {
-                snapshot: SnapshotId::draw(),
+                snapshot: SnapshotId::draw(&*self.engine.clock),
                 durable: actor.checkpoint.durability != "node",
             };
             self.apply(event, None).await?;
@@ -334,13 +340,19 @@ impl Driver {
                 }
                 Ok(())
             }
-            Command::Wake => Ok(()),
+            Command::Wake => {
+                self.engine.note_timer_again(&self.actor);
+                Ok(())
+            }
         }
     }
 
     async fn on_call(&mut self, call: Call) -> Result<(), End> {
         if matches!(call.verb, Verb::Delete) {
             return self.delete(call).await;
+        }
+        if let Verb::NodeLost { node, message } = call.verb.clone() {
+            return self.node_lost(call, &node, &message).await;
         }
         if self.queue.len() + self.waiters.len() >= self.engine.settings.calls_per_actor {
             let _ = call.reply.send(Err(CallError::Overloaded(self.engine.settings.calls_per_actor)));
@@ -364,7 +376,7 @@ impl Driver {
                 return Ok(());
             }
         }
-        self.waiters.push(Waiter { call, goal: Goal::Deleted, was_running: false });
+        self.waiters.push(Waiter { call, goal: Goal::Deleted, seen: false });
         Ok(())
     }
 
@@ -400,13 +412,13 @@ impl Driver {
                     self.apply(Event::Exited { generation, exit }, None).await?;
                 }
             }
-            News::Reported { generation, slot_is_there, holds_it, ingress_endpoint, begun_ms } => {
+            News::Reported { generation, slot_is_there, holds_it, ingress_endpoint, begun } => {
                 if generation != self.actor.generation || self.actor.placement.is_none() {
                     return Ok(());
                 }
                 let gone = match self.actor.state {
                     // What began to run after the report was made is not in it.
-                    State::Running => !holds_it && self.actor.state_since_ms < begun_ms,
+                    State::Running => !holds_it && self.engine.ran_before(&self.uid, begun),
                     // A step in flight finds out by itself what the slot did.
                     State::Resuming => !slot_is_there,
                     _ => false,
@@ -482,8 +494,11 @@ impl Driver {
             Err(PlaceError::Call(error)) => self.resume_failed(call, error).await,
             Ok(mut booking) => {
                 let Some(placement) = booking.placement.clone() else { return Ok(()) };
-                let event = match &call.verb {
-                    Verb::Resume { cause } => Event::Resume { placement, cause: cause.clone() },
+                let event = match (&call.verb, booking.golden.take()) {
+                    (Verb::Resume { cause }, Some(golden)) => {
+                        Event::Clone { placement, cause: cause.clone(), golden }
+                    }
+                    (Verb::Resume { cause }, None) => Event::Resume { placement, cause: cause.clone() },
                     _ => Event::Reset { placement },
                 };
                 self.steps.clear();
@@ -492,7 +507,7 @@ impl Driver {
                 if self.actor.generation == before.next() {
                     // The record holds the booking now.
                     booking.placement = None;
-                    self.waiters.push(Waiter { call, goal: Goal::Running, was_running: false });
+                    self.waiters.push(Waiter { call, goal: Goal::Running, seen: false });
                 } else {
                     self.queue.push_front(call);
                 }
@@ -506,6 +521,7 @@ impl Driver {
         let (reason, message) = match &error {
             CallError::NoWorker(NoWorker::Full { .. }) => ("WORKER_POOL_FULL", error.to_string()),
             CallError::NoWorker(_) => ("NO_WORKER", error.to_string()),
+            CallError::Quota(it) if it.quota == "running" => ("QUOTA_EXCEEDED", error.to_string()),
             _ => ("", String::new()),
         };
         if !reason.is_empty() && (self.actor.reason != reason || self.actor.message != message) {
@@ -535,8 +551,11 @@ impl Driver {
     fn settle(&mut self) {
         let mut index = 0;
         while index < self.waiters.len() {
-            let waiter = &self.waiters[index];
-            let Some(verdict) = self.judge(&waiter.goal) else {
+            let actor = &self.actor;
+            let waiter = &mut self.waiters[index];
+            waiter.seen |= matches!(&waiter.goal, Goal::Durable(id) if actor.snapshot(id).is_some());
+            let (goal, seen) = (waiter.goal.clone(), waiter.seen);
+            let Some(verdict) = self.judge(&goal, seen) else {
                 index += 1;
                 continue;
             };
@@ -556,7 +575,7 @@ impl Driver {
                     let _ = waiter.call.reply.send(Err(error));
                 }
                 Ok(snapshot) => {
-                    let answer = self.answer(snapshot, waiter.was_running);
+                    let answer = self.answer(snapshot, false);
                     let _ = waiter.call.reply.send(Ok(answer));
                 }
             }
@@ -567,7 +586,7 @@ impl Driver {
     }
 
     /// A snapshot is gone that no later one stands for.
-    fn fail_those_who_wait_for(&mut self, id: &SnapshotId) {
+    pub(super) fn fail_those_who_wait_for(&mut self, id: &SnapshotId) {
         if self.actor.snapshot(id).is_some() {
             return;
         }
@@ -585,6 +604,8 @@ impl Driver {
     /// The failure was the worker's or the node copy's, not the actor's.
     fn is_worth_another_worker(&self) -> bool {
         matches!(self.actor.reason.as_str(), "WORKER_LOST" | "NODE_UNREACHABLE" | "SNAPSHOT_CORRUPT")
+            // From its image, where the golden snapshot was of no use.
+            || (self.actor.boots_cold && self.actor.state == State::New)
     }
 
     pub(super) fn answer(&self, snapshot: Option<Snapshot>, was_running: bool) -> Answer {

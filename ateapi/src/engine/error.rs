@@ -2,6 +2,7 @@
 //! What a call can fail with. `service::status` maps it to gRPC, in one place.
 use std::time::Duration;
 
+use super::QuotaExceeded;
 use crate::egress::NameError;
 use crate::model::{Invalid, SnapshotId, State};
 use crate::schedule::NoWorker;
@@ -40,6 +41,9 @@ pub enum CallError {
     /// No worker.
     #[error(transparent)]
     NoWorker(#[from] NoWorker),
+    /// Its atespace may have no more.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
     /// Its memory is beyond the caller's bound.
     #[error("actor {actor} holds {memory} bytes in memory, more than the {bound} that were allowed")]
     #[allow(missing_docs)]
@@ -51,6 +55,10 @@ pub enum CallError {
     /// The node cannot be reached now.
     #[error("node {0} cannot be reached now; nothing was changed")]
     NodeUnreachable(String),
+    /// Nothing proves yet that nothing runs there.
+    #[error("the lease of node {node} may still run for {} s", left.as_secs() + 1)]
+    #[allow(missing_docs)]
+    LeaseRuns { node: String, left: Duration },
     /// A node refused or failed a call that changes no record.
     #[error("{what}: {message}")]
     #[allow(missing_docs)]
@@ -86,6 +94,8 @@ impl CallError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::NoWorker(NoWorker::Full { being_freed: true, .. }) => Some(Duration::from_millis(200)),
+            Self::LeaseRuns { left, .. } => Some(*left),
+            Self::Quota(exceeded) => Some(exceeded.retry_after),
             Self::NoWorker(_)
             | Self::NodeUnreachable(_)
             | Self::Stopping

@@ -12,28 +12,39 @@ mod crash_tests;
 mod create;
 mod driver;
 mod error;
+mod golden;
+#[cfg(test)]
+mod golden_tests;
+mod lost;
+#[cfg(test)]
+mod policy_tests;
+mod quota;
 mod registry;
+mod signal;
 #[cfg(test)]
 mod simulation_tests;
 mod templates;
 #[cfg(test)]
 mod tests;
+mod timers;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use substrate_proto::{ateom, types};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use admit::has_labels;
 pub use error::CallError;
+pub use quota::QuotaExceeded;
+pub(crate) use signal::Signal;
 
 use crate::Clock;
 use crate::idle::{Decision, Policy, Tracker};
 use crate::model::{
-    Actor, ActorUid, Exit, Generation, NodeName, NodeRecord, Snapshot, WorkerId, WorkerRecord,
+    Actor, ActorUid, Atespace, Exit, Generation, NodeName, NodeRecord, Snapshot, WorkerId, WorkerRecord,
 };
 use crate::node::SharedNode;
 use crate::schedule::Pool;
@@ -90,6 +101,7 @@ pub(crate) enum Verb {
     Tag { snapshot: String, tag: String },
     Untag { tag: String },
     Bind { generation: u64, name: String },
+    NodeLost { node: NodeName, message: String },
 }
 
 /// What an update replaces.
@@ -145,7 +157,8 @@ pub(crate) enum News {
         slot_is_there: bool,
         holds_it: bool,
         ingress_endpoint: String,
-        begun_ms: i64,
+        /// On the engine's clock: what began to run later is not in the report.
+        begun: Duration,
     },
 }
 
@@ -176,7 +189,7 @@ pub(crate) enum Link {
 pub(crate) struct NodeHandle {
     pub(crate) name: NodeName,
     pub(crate) client: SharedNode,
-    pub(crate) link: watch::Sender<Link>,
+    pub(crate) link: Signal<Link>,
     /// On the engine's clock: nothing that was granted reaches beyond it.
     pub(crate) lease_until: Mutex<Duration>,
     /// Tells the session that the lease moved.
@@ -185,18 +198,17 @@ pub(crate) struct NodeHandle {
 
 impl NodeHandle {
     pub(crate) fn is_up(&self) -> bool {
-        *self.link.borrow() == Link::Up
+        self.link.read(|link| *link == Link::Up)
     }
 
     /// Waits until it can be asked, or is lost.
     pub(crate) async fn reachable(&self) -> Result<(), String> {
-        let mut link = self.link.subscribe();
-        let state = link.wait_for(|link| *link != Link::Down).await;
-        match state.as_deref() {
-            Ok(Link::Lost(message)) => Err(message.clone()),
-            Ok(_) => Ok(()),
-            Err(_) => Err(format!("node {} is gone", self.name)),
-        }
+        let state = |link: &Link| match link {
+            Link::Down => None,
+            Link::Up => Some(Ok(())),
+            Link::Lost(message) => Some(Err(message.clone())),
+        };
+        self.link.wait_for(state).await
     }
 
     pub(crate) fn lease_until(&self) -> Duration {
@@ -214,6 +226,8 @@ impl NodeHandle {
 /// What is known of a running actor beyond its record.
 pub(crate) struct Live {
     pub(crate) generation: Generation,
+    /// On the engine's clock: when its record said so first, as far as this process knows.
+    pub(crate) since: Duration,
     pub(crate) policy: Policy,
     pub(crate) tracker: Option<Tracker>,
     /// A stop was asked for and is not decided yet.
@@ -234,11 +248,14 @@ pub struct Engine {
     pub(crate) faults: Arc<dyn Faults>,
     pub(crate) nodes: BTreeMap<NodeName, Arc<NodeHandle>>,
     pub(crate) pool: Mutex<Pool>,
-    pub(crate) pool_changed: watch::Sender<u64>,
+    pub(crate) quotas: Mutex<quota::Quotas>,
+    goldens: Mutex<golden::Goldens>,
+    golden_wanted: Notify,
+    pub(crate) pool_changed: Notify,
     pub(crate) live: Mutex<HashMap<ActorUid, Live>>,
     pub(crate) dirty_workers: Mutex<BTreeSet<WorkerId>>,
     pub(crate) workers_changed: Notify,
-    pub(crate) timers: Mutex<BTreeSet<(i64, ActorUid)>>,
+    pub(crate) timers: Mutex<timers::Timers>,
     pub(crate) timers_changed: Notify,
     pub(crate) garbage_added: Notify,
     pub(crate) collecting: tokio::sync::Mutex<()>,
@@ -268,7 +285,7 @@ impl Engine {
             let handle = NodeHandle {
                 name: name.clone(),
                 client,
-                link: watch::Sender::new(Link::Down),
+                link: Signal::new(Link::Down),
                 lease_until: Mutex::new(until),
                 lease_moved: Notify::new(),
             };
@@ -278,9 +295,15 @@ impl Engine {
         for record in store::list_all::<WorkerRecord>(&*store, Query::all(Kind::Worker)).await? {
             pool.remember(record);
         }
+        let mut quotas = quota::Quotas::default();
+        for atespace in store::list_all::<Atespace>(&*store, Query::all(Kind::Atespace)).await? {
+            quotas.set(&atespace.name, atespace.quota, now);
+        }
         let mut query = Query::all(Kind::Actor);
         query.busy = true;
-        let unsettled: Vec<Actor> = store::list_all(&*store, query).await?;
+        let mut unsettled: Vec<Actor> = store::list_all(&*store, query.clone()).await?;
+        query.kind = Kind::Golden;
+        unsettled.extend(store::list_all::<Actor>(&*store, query).await?);
         for actor in &unsettled {
             if let (Some(placement), Some(assignment)) = (&actor.placement, actor.assignment()) {
                 pool.assign(&placement.node, &assignment);
@@ -294,7 +317,10 @@ impl Engine {
             faults,
             nodes: handles,
             pool: Mutex::new(pool),
-            pool_changed: watch::Sender::new(0),
+            quotas: Mutex::new(quotas),
+            goldens: Mutex::default(),
+            golden_wanted: Notify::new(),
+            pool_changed: Notify::new(),
             live: Mutex::default(),
             dirty_workers: Mutex::default(),
             workers_changed: Notify::new(),
@@ -370,7 +396,7 @@ impl Engine {
     pub(crate) fn pool_touched(&self, workers: impl IntoIterator<Item = WorkerId>) {
         lock(&self.dirty_workers).extend(workers);
         self.workers_changed.notify_one();
-        self.pool_changed.send_modify(|count| *count += 1);
+        self.pool_changed.notify_waiters();
     }
 
     /// Follows a record into or out of the set of running actors.
@@ -378,19 +404,26 @@ impl Engine {
         let mut live = lock(&self.live);
         if actor.state == crate::model::State::Running {
             let policy = Policy::read(&actor.idle, self.settings.idle_suspend_after);
-            let entry = live.entry(actor.uid.clone()).or_insert_with(|| Live {
-                generation: actor.generation,
-                policy,
-                tracker: None,
-                asked: false,
-            });
+            let (generation, since) = (actor.generation, self.clock.now());
+            let new = || Live { generation, since, policy, tracker: None, asked: false };
+            let entry = live.entry(actor.uid.clone()).or_insert_with(new);
             if entry.generation != actor.generation {
-                *entry = Live { generation: actor.generation, policy, tracker: None, asked: false };
+                *entry = new();
             }
             entry.policy = policy;
         } else {
             live.remove(&actor.uid);
         }
+    }
+
+    /// Whether a running actor has been asked to stop and that is not decided yet.
+    pub(crate) fn is_asked(&self, uid: &ActorUid) -> bool {
+        lock(&self.live).get(uid).is_some_and(|live| live.asked)
+    }
+
+    /// Whether a running actor has been running since before a moment.
+    pub(crate) fn ran_before(&self, uid: &ActorUid, moment: Duration) -> bool {
+        lock(&self.live).get(uid).is_none_or(|live| live.since < moment)
     }
 
     /// A stop that was asked for idleness was refused: quiet begins anew.
@@ -401,6 +434,8 @@ impl Engine {
                 tracker.disturb();
             }
         }
+        // Whoever waits for the worker that this was to free looks for another.
+        self.pool_changed.notify_waiters();
     }
 
     /// Takes a count in and puts what is idle to sleep.
@@ -447,13 +482,5 @@ impl Engine {
     /// A worker as it was recorded, with what is only known now.
     pub(crate) fn worker_of(&self, record: WorkerRecord) -> crate::schedule::Worker {
         lock(&self.pool).dress(record)
-    }
-
-    /// Files the next moment at which something of an actor is due.
-    pub(crate) fn note_timer(&self, actor: &Actor) {
-        if let Some(at) = crate::workflow::wake_at(actor) {
-            lock(&self.timers).insert((at, actor.uid.clone()));
-            self.timers_changed.notify_one();
-        }
     }
 }

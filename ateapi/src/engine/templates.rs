@@ -64,7 +64,7 @@ impl Engine {
             ports = exposed;
         }
         let template = Template {
-            uid: TemplateUid::draw(),
+            uid: TemplateUid::draw(&*self.clock),
             atespace: atespace.to_owned(),
             name: name.to_owned(),
             spec_digest: digest(&pinned),
@@ -85,6 +85,7 @@ impl Engine {
         };
         match self.store.commit(tx).await {
             Ok(committed) => {
+                self.want_golden(&template);
                 Ok(Template { revision: committed.puts.first().copied().unwrap_or_default(), ..template })
             }
             Err(StoreError::Exists { .. }) => {
@@ -97,7 +98,7 @@ impl Engine {
 
     /// Removes a template that no actor uses. False: there was none.
     pub(crate) async fn delete_template(
-        &self,
+        self: &Arc<Self>,
         atespace: &str,
         name: &str,
         request: Option<super::RequestKey>,
@@ -115,6 +116,7 @@ impl Engine {
             ..Tx::default()
         };
         self.store.commit(tx).await?;
+        self.forget_golden(&template.uid).await;
         Ok(true)
     }
 

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Clock;
+
 macro_rules! ids {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {$(
         $(#[$doc])*
@@ -57,24 +59,31 @@ ids! {
     NodeName,
 }
 
+/// A random UUID (version 4).
+pub fn uuid(clock: &dyn Clock) -> String {
+    uuid::Builder::from_random_bytes(clock.draw().to_be_bytes()).into_uuid().to_string()
+}
+
 impl ActorUid {
     /// Draws one.
-    pub fn draw() -> Self {
-        Self(uuid::Uuid::new_v4().to_string())
+    pub fn draw(clock: &dyn Clock) -> Self {
+        Self(uuid(clock))
     }
 }
 
 impl TemplateUid {
     /// Draws one.
-    pub fn draw() -> Self {
-        Self(uuid::Uuid::new_v4().to_string())
+    pub fn draw(clock: &dyn Clock) -> Self {
+        Self(uuid(clock))
     }
 }
 
 impl SnapshotId {
-    /// Draws one; ids sort by the time they were drawn.
-    pub fn draw() -> Self {
-        Self(format!("s-{}", uuid::Uuid::now_v7().simple()))
+    /// Draws one (UUID version 7); ids sort by the millisecond in which they were drawn.
+    pub fn draw(clock: &dyn Clock) -> Self {
+        let [random @ .., _, _, _, _, _, _] = clock.draw().to_be_bytes();
+        let millis = clock.wall_ms().max(0) as u64;
+        Self(format!("s-{}", uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid().simple()))
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The words of the control plane: typed ids, records, quantities, and the rules every request is held to.
-mod ids;
+pub(crate) mod ids;
 pub mod names;
 pub mod quantity;
 mod records;
@@ -9,8 +9,8 @@ mod validate_template;
 
 pub use ids::{ActorUid, Generation, NodeName, SnapshotId, TemplateUid, WorkerId};
 pub use records::{
-    Actor, Atespace, CheckpointWork, EventDraft, Exit, NodeRecord, Placement, ResumeWork, Snapshot,
-    SnapshotNote, State, StopKind, StopWork, Stored, Template, UploadWish, Work, WorkerRecord,
+    Actor, Atespace, CheckpointWork, EventDraft, Exit, GoldenMaker, NodeRecord, Placement, Quota, ResumeWork,
+    Snapshot, SnapshotNote, State, StopKind, StopWork, Stored, Template, UploadWish, Work, WorkerRecord,
 };
 pub use validate::{
     ActorKey, Invalid, Page, actor_key, annotations, atespace_name, call_id, checkpoint_policy, egress,

@@ -18,9 +18,25 @@ pub struct Atespace {
     pub labels: BTreeMap<String, String>,
     /// Unix time, ms.
     pub created_ms: i64,
+    /// What it may use.
+    #[serde(default)]
+    pub quota: Quota,
     /// Of its last change.
     #[serde(skip)]
     pub revision: u64,
+}
+
+/// Limits of an atespace; 0: none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    /// Actors, asleep or awake.
+    pub actors: u32,
+    /// Actors that hold a worker.
+    pub running: u32,
+    /// Bytes of all snapshots.
+    pub snapshot_bytes: u64,
+    /// Starts of actors per second.
+    pub wakeups_per_s: u32,
 }
 
 /// What actors are made from; never changes.
@@ -331,6 +347,12 @@ pub struct Actor {
     pub promote_at_ms: i64,
     /// Its next activation is from another actor's state.
     pub clone: bool,
+    /// It exists to make a template's golden snapshot: kept as `Kind::Golden`, which no tenant sees.
+    #[serde(default)]
+    pub golden: Option<GoldenMaker>,
+    /// The golden snapshot could not be restored: its first start is from its image.
+    #[serde(default)]
+    pub boots_cold: bool,
     /// Of its last change.
     #[serde(skip)]
     pub revision: u64,
@@ -370,6 +392,11 @@ impl Actor {
         })
     }
 
+    /// Bytes of its snapshots: what each newly stored, or all of it while it is only on a node.
+    pub fn snapshot_bytes(&self) -> u64 {
+        self.snapshots.iter().map(|it| if it.is_durable() { it.stored_bytes } else { it.bytes }).sum()
+    }
+
     /// The newest snapshot whose upload is owed.
     pub fn owed_upload(&self) -> Option<&Snapshot> {
         self.snapshots.iter().rev().find(|snapshot| snapshot.upload.is_some())
@@ -383,6 +410,13 @@ impl Actor {
         ) || self.owed_upload().is_some()
             || self.promote_at_ms != 0
     }
+}
+
+/// What a golden snapshot is made for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoldenMaker {
+    /// Runtime that can restore it.
+    pub runtime_digest: String,
 }
 
 /// What is remembered of a worker: what people asked for and what watchers were told.
@@ -471,6 +505,10 @@ pub struct EventDraft {
 pub trait Stored: Sized + Serialize + for<'de> Deserialize<'de> {
     /// Its table.
     const KIND: Kind;
+    /// Its table, where records of one type have several.
+    fn kind(&self) -> Kind {
+        Self::KIND
+    }
     /// Its unique key.
     fn key(&self) -> String;
     /// The row to write.
@@ -482,9 +520,14 @@ pub trait Stored: Sized + Serialize + for<'de> Deserialize<'de> {
 }
 
 macro_rules! stored {
-    ($type:ident, $kind:ident, |$this:ident| $key:expr, $atespace:expr, $name:expr, $state:expr, $template:expr, $busy:expr) => {
+    ($type:ident, $kind:ident, |$this:ident| $key:expr, $atespace:expr, $name:expr, $state:expr, $template:expr, $busy:expr $(, $row:expr)?) => {
         impl Stored for $type {
             const KIND: Kind = Kind::$kind;
+
+            $(fn kind(&self) -> Kind {
+                let $this = self;
+                $row
+            })?
 
             fn key(&self) -> String {
                 let $this = self;
@@ -494,7 +537,7 @@ macro_rules! stored {
             fn object(&self) -> Object {
                 let $this = self;
                 Object {
-                    kind: Self::KIND,
+                    kind: self.kind(),
                     key: $key,
                     atespace: $atespace,
                     name: $name,
@@ -525,7 +568,7 @@ stored!(
     |it| it.uid.0.clone(),
     it.atespace.clone(),
     it.name.clone(),
-    0,
+    i64::from(it.spec.golden),
     String::new(),
     false
 );
@@ -536,8 +579,9 @@ stored!(
     it.atespace.clone(),
     it.name.clone(),
     it.state.to_proto() as i64,
-    it.template_uid.0.clone(),
-    it.is_unsettled()
+    if it.golden.is_some() { String::new() } else { it.template_uid.0.clone() },
+    it.is_unsettled(),
+    if it.golden.is_some() { Kind::Golden } else { Kind::Actor }
 );
 stored!(WorkerRecord, Worker, |it| it.id.0.clone(), String::new(), it.id.0.clone(), 0, String::new(), false);
 stored!(NodeRecord, Node, |it| it.name.0.clone(), String::new(), it.name.0.clone(), 0, String::new(), false);

@@ -92,6 +92,10 @@ pub fn template_spec<'a>(
         }
     }
     ensure(spec.volumes.len() <= 16, format!("{field}.volumes"), || "has more than 16 volumes".to_owned())?;
+    ensure(!(spec.golden && spec.holds_identity), format!("{field}.golden"), || {
+        "cannot be: holdsIdentity says that the workload keeps an identity in its memory, which a copy would claim too"
+            .to_owned()
+    })?;
     for index in 0..spec.containers.len() {
         container(&format!("{field}.containers[{index}]"), spec, index)?;
     }

@@ -38,6 +38,7 @@ pub(crate) async fn run(engine: Arc<Engine>, node: Arc<NodeHandle>) {
     let mut pause = DIAL_PAUSE;
     loop {
         let ended = tokio::select! {
+            biased;
             ended = converse(&engine, &node, &mut pause) => ended,
             () = watch_lease(&engine, &node) => "it has not asked for its lease".to_owned(),
         };
@@ -46,6 +47,7 @@ pub(crate) async fn run(engine: Arc<Engine>, node: Arc<NodeHandle>) {
         let wait = pause;
         pause = (pause * 2).min(DIAL_PAUSE_MOST);
         tokio::select! {
+            biased;
             () = engine.pause(wait) => {}
             () = watch_lease(&engine, &node) => {}
         }
@@ -53,13 +55,9 @@ pub(crate) async fn run(engine: Arc<Engine>, node: Arc<NodeHandle>) {
 }
 
 fn disconnect(engine: &Arc<Engine>, node: &Arc<NodeHandle>) {
-    node.link.send_if_modified(|link| {
-        let was_up = *link == Link::Up;
-        if was_up {
-            *link = Link::Down;
-        }
-        was_up
-    });
+    if node.is_up() {
+        node.link.set(Link::Down);
+    }
     let silent = lock(&engine.pool).silence(&node.name);
     engine.pool_touched(silent);
 }
@@ -69,17 +67,26 @@ fn disconnect(engine: &Arc<Engine>, node: &Arc<NodeHandle>) {
 async fn watch_lease(engine: &Arc<Engine>, node: &Arc<NodeHandle>) {
     loop {
         let until = node.lease_until() + engine.settings.lease_margin;
+        #[cfg(test)]
+        let until = if engine.faults.undoes(crate::workflow::Rule::WaitForTheLease) && !node.is_up() {
+            until.saturating_sub(engine.settings.lease_margin + engine.settings.lease_term)
+        } else {
+            until
+        };
         let moved = node.lease_moved.notified();
         if engine.clock.now() < until {
             tokio::select! {
+                biased;
                 () = engine.clock.sleep_until(until) => {}
                 () = moved => {}
             }
             continue;
         }
         let held = lock(&engine.pool).assignments(&node.name);
-        if held.is_empty() {
-            // Nothing to give up; looked at again when something is assigned there, which extends the lease.
+        let is_given_up = node.link.read(|link| matches!(link, Link::Lost(_)));
+        if held.is_empty() || is_given_up {
+            // Nothing to give up; looked at again when something is assigned there, which extends the lease. What is
+            // still booked on a node that was given up is on its way out.
             moved.await;
             continue;
         }
@@ -89,7 +96,7 @@ async fn watch_lease(engine: &Arc<Engine>, node: &Arc<NodeHandle>) {
             engine.settings.lease_term.as_secs()
         );
         tracing::error!(node = %node.name, held = held.len(), "giving up a silent node");
-        node.link.send_replace(Link::Lost(message.clone()));
+        node.link.set(Link::Lost(message.clone()));
         let silent = lock(&engine.pool).silence(&node.name);
         engine.pool_touched(silent);
         for assignment in held {
@@ -112,7 +119,7 @@ async fn converse(engine: &Arc<Engine>, node: &Arc<NodeHandle>, pause: &mut Dura
         Err(status) => return format!("cannot be reached: {status}"),
     };
     let (say, requests) = mpsc::channel(16);
-    let hello = atelet::SessionHello { controller: uuid::Uuid::new_v4().to_string() };
+    let hello = atelet::SessionHello { controller: crate::model::ids::uuid(&*engine.clock) };
     // A fresh channel has room.
     let _ = say.try_send(atelet::SessionRequest { request: Some(Say::Hello(hello)) });
     let mut events = match node.client.session(requests).await {
@@ -126,7 +133,7 @@ async fn converse(engine: &Arc<Engine>, node: &Arc<NodeHandle>, pause: &mut Dura
         boot_id: described.boot_id,
         reports: BTreeMap::new(),
         synced: false,
-        begun_ms: engine.clock.wall_ms(),
+        begun: engine.clock.now(),
     };
     loop {
         match events.next().await {
@@ -154,8 +161,8 @@ struct Session<'a> {
     /// The latest report of each slot.
     reports: BTreeMap<WorkerId, atelet::Worker>,
     synced: bool,
-    /// Unix time, ms: what began to run later is not in the first reports.
-    begun_ms: i64,
+    /// On the engine's clock: what began to run later is not in the first reports.
+    begun: Duration,
 }
 
 impl Session<'_> {
@@ -326,7 +333,7 @@ impl Session<'_> {
         let reports: Vec<_> = self.reports.values().collect();
         self.engine.pool_touched(gone.into_iter().map(|record| record.id));
         // From here on steps may run: they, not this comparison, find out about slots of work in progress.
-        self.node.link.send_replace(Link::Up);
+        self.node.link.set(Link::Up);
         tracing::info!(node = %self.node.name, workers = reports.len(), held = booked.len(), "session synced");
         for assignment in booked {
             let slot = reports.iter().find(|it| it.worker_id == assignment.worker_id && it.alive);
@@ -349,7 +356,7 @@ impl Session<'_> {
                 generation: Generation(assignment.generation),
                 slot_is_there: slot.is_some(),
                 holds_it: holds && runs,
-                begun_ms: self.begun_ms,
+                begun: self.begun,
                 ingress_endpoint: status.map(|it| it.ingress_endpoint.clone()).unwrap_or_default(),
             };
             self.engine.tell(&ActorUid(assignment.actor_uid), Command::News(news));

@@ -343,6 +343,26 @@ impl Pool {
         self.by_node.get(node).into_iter().flatten().filter_map(|id| self.workers.get(id))
     }
 
+    /// Runtimes of a pool's live workers of a class, each with how many workers there are and how many are free.
+    pub fn runtimes(&self, pool: &str, class: &str) -> Vec<(String, usize, usize)> {
+        let pool = if pool.is_empty() { DEFAULT_POOL } else { pool };
+        let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        for worker in self.workers.values() {
+            let fits = worker.offer.pool == pool && worker.offer.class == class && worker.record.alive;
+            if fits && !worker.record.cordoned {
+                let (all, free) = found.entry(&worker.offer.runtime_digest).or_default();
+                *all += 1;
+                *free += usize::from(worker.is_free());
+            }
+        }
+        found.into_iter().map(|(digest, (all, free))| (digest.to_owned(), all, free)).collect()
+    }
+
+    /// Workers that an atespace's actors hold.
+    pub fn held_by(&self, atespace: &str) -> usize {
+        self.workers.values().filter(|it| it.record.actor.is_some() && it.record.atespace == atespace).count()
+    }
+
     /// Whether a worker that is taken would do if it were free.
     pub fn would_fit(worker: &Worker, need: &Need<'_>) -> bool {
         let pool = if need.pool.is_empty() { DEFAULT_POOL } else { need.pool };

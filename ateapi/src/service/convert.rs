@@ -3,11 +3,24 @@
 use substrate_proto::{ateapi, types};
 
 use crate::engine::Engine;
-use crate::model::{Actor, Atespace, EventDraft, Exit, Snapshot, SnapshotNote, State, Template};
+use crate::model::{Actor, Atespace, EventDraft, Exit, Quota, Snapshot, SnapshotNote, State, Template};
 use crate::schedule::Worker;
 
 pub(super) fn atespace(it: Atespace) -> ateapi::Atespace {
-    ateapi::Atespace { name: it.name, labels: it.labels, created_ms: it.created_ms, revision: it.revision }
+    let quota = ateapi::Quota {
+        actors: it.quota.actors,
+        running: it.quota.running,
+        snapshot_bytes: it.quota.snapshot_bytes,
+        wakeups_per_s: it.quota.wakeups_per_s,
+    };
+    ateapi::Atespace {
+        name: it.name,
+        labels: it.labels,
+        created_ms: it.created_ms,
+        revision: it.revision,
+        quota: Some(quota).filter(|_| it.quota != Quota::default()),
+        usage: None,
+    }
 }
 
 pub(super) fn template(it: Template) -> ateapi::Template {
@@ -20,6 +33,7 @@ pub(super) fn template(it: Template) -> ateapi::Template {
         created_ms: it.created_ms,
         revision: it.revision,
         spec_digest: it.spec_digest,
+        golden: Vec::new(),
     }
 }
 
@@ -30,11 +44,7 @@ fn exit(it: Exit) -> types::ExitStatus {
 pub(super) fn actor(engine: &Engine, it: Actor) -> ateapi::Actor {
     let last_snapshot = it.last_snapshot().map(|snapshot| self::snapshot(&it, snapshot));
     let memory_bytes = engine.counted(&it.uid).map_or(0, |(memory, _)| memory);
-    let disk_bytes = it
-        .snapshots
-        .iter()
-        .map(|snapshot| if snapshot.is_durable() { snapshot.stored_bytes } else { snapshot.bytes })
-        .sum();
+    let disk_bytes = it.snapshot_bytes();
     let running = it.state == State::Running;
     ateapi::Actor {
         state: it.state.to_proto() as i32,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `ateapi.v1.Control` over the engine: validate, ask, convert. No decision is made here.
+pub(crate) mod admin;
 mod convert;
 mod status;
 mod streams;
@@ -190,7 +191,7 @@ impl Control for ControlService {
         let found: Option<Atespace> =
             store::load(&*self.engine.store, &name).await.map_err(CallError::from)?;
         let found = found.ok_or(CallError::NotFound { kind: "atespace", name })?;
-        Ok(Response::new(convert::atespace(found)))
+        Ok(Response::new(admin::with_usage(&self.engine, found).await?))
     }
 
     async fn list_atespaces(
@@ -250,7 +251,8 @@ impl Control for ControlService {
             .map_err(CallError::from)?;
         let name = format!("{}/{}", request.atespace, request.name);
         let found = found.ok_or(CallError::NotFound { kind: "template", name })?;
-        Ok(Response::new(convert::template(found)))
+        let golden = self.engine.golden_status(&found.uid);
+        Ok(Response::new(ateapi::Template { golden, ..convert::template(found) }))
     }
 
     async fn list_templates(

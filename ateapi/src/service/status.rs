@@ -49,6 +49,17 @@ pub(crate) fn status(error: &CallError) -> Status {
             put("way_out", "suspend or delete an actor, add workers, or call again");
         }
         CallError::NodeUnreachable(node) => put("node", node),
+        CallError::LeaseRuns { node, .. } => {
+            put("node", node);
+            put("way_out", "call again when it has ended; nothing can be lost by waiting");
+        }
+        CallError::Quota(exceeded) => {
+            put("atespace", &exceeded.atespace);
+            put("quota", exceeded.quota);
+            put("used", &exceeded.used.to_string());
+            put("limit", &exceeded.limit.to_string());
+            put("way_out", exceeded.way_out());
+        }
         _ => {}
     }
     let mut details = ErrorDetails::with_error_info(reason, "substrate", metadata);
@@ -84,6 +95,8 @@ fn code_and_reason(error: &CallError) -> (Code, String) {
         CallError::StaleGeneration { .. } => (Code::Aborted, "STALE_GENERATION"),
         CallError::NoWorker(NoWorker::Full { .. }) => (Code::ResourceExhausted, "WORKER_POOL_FULL"),
         CallError::NoWorker(NoWorker::None(_)) => (Code::Unavailable, "NO_WORKER"),
+        CallError::LeaseRuns { .. } => (Code::FailedPrecondition, "LEASE_RUNS"),
+        CallError::Quota(_) => (Code::ResourceExhausted, "QUOTA_EXCEEDED"),
         CallError::TooLarge { .. } => (Code::ResourceExhausted, "HEAP_TOO_LARGE"),
         CallError::Failed { state, reason, .. } => {
             let code = match state {

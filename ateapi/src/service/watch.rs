@@ -173,7 +173,7 @@ impl Watcher {
             Kind::Template => vec![Shown::Template(convert::template(store::parse::<Template>(object)?))],
             Kind::Atespace => vec![Shown::Atespace(convert::atespace(store::parse::<Atespace>(object)?))],
             Kind::Worker => vec![self.show_worker(store::parse(object)?)],
-            Kind::Node | Kind::Snapshot | Kind::Event => Vec::new(),
+            Kind::Node | Kind::Golden | Kind::Snapshot | Kind::Event => Vec::new(),
         })
     }
 
@@ -259,7 +259,7 @@ impl Watcher {
                 record.revision = change.revision;
                 Some(self.show_worker(record))
             }
-            Kind::Node => None,
+            Kind::Node | Kind::Golden => None,
         })
     }
 }

@@ -49,6 +49,15 @@ pub enum Event {
         /// Who asked.
         cause: String,
     },
+    /// A worker was found to start a new actor on from its template's golden snapshot.
+    Clone {
+        /// The worker.
+        placement: Placement,
+        /// Who asked.
+        cause: String,
+        /// The snapshot.
+        golden: Box<Snapshot>,
+    },
     /// A worker was found to boot it afresh on, volumes kept.
     Reset {
         /// The worker.

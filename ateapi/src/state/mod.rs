@@ -42,11 +42,16 @@ pub fn way_out(state: State) -> &'static str {
 
 /// The event that records something about this actor.
 pub fn draft(actor: &Actor, at_ms: i64, reason: &str, message: String, warning: bool) -> EventDraft {
+    // What happens to the maker of a golden snapshot is its template's matter.
+    let (kind, subject, subject_uid) = match &actor.golden {
+        None => ("actor", &actor.name, &actor.uid.0),
+        Some(_) => ("template", &actor.spec.template, &actor.template_uid.0),
+    };
     EventDraft {
-        kind: "actor".to_owned(),
+        kind: kind.to_owned(),
         atespace: actor.atespace.clone(),
-        subject: actor.name.clone(),
-        subject_uid: actor.uid.0.clone(),
+        subject: subject.clone(),
+        subject_uid: subject_uid.clone(),
         reason: reason.to_owned(),
         message,
         warning,
@@ -190,6 +195,22 @@ impl Step<'_> {
                     Err(self.refuse("it cannot be resumed"))
                 }
             },
+            Event::Clone { placement, cause, golden } => {
+                if state != New {
+                    return Err(self.refuse("it has a state of its own"));
+                }
+                let mut golden = *golden;
+                "golden".clone_into(&mut golden.cause);
+                // Stored once, for the template.
+                golden.stored_bytes = 0;
+                golden.tags.clear();
+                golden.upload = None;
+                self.next.last = Some(golden.id.clone());
+                self.next.snapshots.push(golden);
+                self.next.clone = true;
+                self.resume(placement, cause);
+                Ok(())
+            }
             Event::Reset { placement } => match state {
                 Suspended | Paused | Exited | Crashed => {
                     self.assign(placement);
@@ -440,6 +461,15 @@ impl Step<'_> {
         let Some(Work::Resume(work)) = self.next.work.take() else { return };
         self.free();
         let mut failure = failure.clone();
+        if let (State::New, Some(golden)) = (work.came_from, &work.source) {
+            // It never ran: its own first state is still its image's.
+            self.next.snapshots.retain(|it| it.id != *golden);
+            self.next.last = None;
+            self.next.clone = false;
+            self.next.boots_cold = failure.kind != FailureKind::Again;
+            self.enter(State::New, &failure.reason, &failure.message);
+            return self.record("ResumeFailed", failure.message, true);
+        }
         if failure.kind == FailureKind::NodeCopy {
             let source = work.source.as_ref().and_then(|id| self.next.snapshot_mut(id));
             if let Some(snapshot) = source {
@@ -580,7 +610,9 @@ impl Step<'_> {
             self.before.state,
             State::Suspended | State::Paused | State::Exited | State::Crashed | State::Suspending
         ) && self.before.placement.is_none();
-        let Some(snapshot) = self.next.snapshot_mut(id).filter(|_| at_rest) else {
+        // One that runs loses what it could have gone back to, and no more.
+        let runs = self.before.state == State::Running;
+        let Some(snapshot) = self.next.snapshot_mut(id).filter(|_| at_rest || runs) else {
             return Err(self.refuse("it does not rest on that copy"));
         };
         snapshot.node = None;
@@ -595,7 +627,7 @@ impl Step<'_> {
         }
         self.next.last = self.next.snapshots.iter().rev().find(|it| it.is_durable()).map(|it| it.id.clone());
         match self.before.state {
-            State::Exited | State::Crashed => {
+            State::Exited | State::Crashed | State::Running => {
                 self.record("SnapshotLost", format!("snapshot {id} is lost: {message}"), true);
             }
             _ => self.fall_back("SNAPSHOT_LOST", message),

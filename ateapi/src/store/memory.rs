@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::{
     Change, Check, Committed, EventQuery, Expect, Garbage, Kind, Object, Query, RefChange, RequestRecord,
-    Store, StoreError, Trim, Tx,
+    Store, StoreError, Trim, Tx, Usage,
 };
 use crate::model::EventDraft;
 
@@ -25,6 +25,7 @@ struct Inner {
     refs: BTreeSet<(String, Garbage)>,
     garbage: BTreeMap<i64, (String, Garbage)>,
     next_garbage: i64,
+    usage: BTreeMap<String, (i64, i64)>,
 }
 
 /// See the module.
@@ -67,7 +68,7 @@ impl Inner {
     }
 
     fn log(&mut self, change: Change) {
-        if change.kind != Kind::Node {
+        if change.kind.is_watched() {
             self.changelog.insert(change.revision, change);
         }
     }
@@ -84,6 +85,9 @@ impl Inner {
                 Check::Exists(kind, key) => self.objects.contains_key(&(*kind, key.clone())),
                 Check::TemplateUnused(uid) => {
                     !self.objects.values().any(|object| object.kind == Kind::Actor && object.template == *uid)
+                }
+                Check::ActorsBelow(name, limit) => {
+                    self.usage.get(name).is_none_or(|(actors, _)| *actors < *limit as i64)
                 }
                 Check::AtespaceEmpty(name) => !of_kind(Kind::Actor, name) && !of_kind(Kind::Template, name),
             };
@@ -215,6 +219,10 @@ impl Inner {
         for item in tx.garbage {
             self.discard(String::new(), item);
         }
+        for change in tx.usage {
+            let used = self.usage.entry(change.atespace).or_default();
+            *used = (used.0 + change.actors, used.1 + change.bytes);
+        }
         for id in tx.garbage_done {
             self.garbage.remove(&id);
         }
@@ -313,6 +321,11 @@ impl Store for MemoryStore {
             .take(limit)
             .map(|(id, (holder, item))| (*id, holder.clone(), item.clone()))
             .collect())
+    }
+
+    async fn usage(&self, atespace: &str) -> Result<Usage, StoreError> {
+        let (actors, bytes) = self.open()?.usage.get(atespace).copied().unwrap_or_default();
+        Ok(Usage { actors: actors.max(0) as u64, bytes: bytes.max(0) as u64 })
     }
 
     fn revisions(&self) -> watch::Receiver<u64> {

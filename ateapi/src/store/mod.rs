@@ -15,6 +15,8 @@ mod memory;
 mod sqlite;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod trouble_tests;
 mod typed;
 
 use std::fs::File;
@@ -28,7 +30,7 @@ pub(crate) use copy::{
 };
 pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
-pub use typed::{find, list, list_all, load, parse};
+pub use typed::{find, list, list_all, load, load_kind, parse};
 
 use crate::model::EventDraft;
 
@@ -50,6 +52,8 @@ pub enum Kind {
     Snapshot = 6,
     /// Only in the changelog and the list of events.
     Event = 7,
+    /// An actor that makes a golden snapshot; not in the changelog.
+    Golden = 8,
 }
 
 impl Kind {
@@ -63,13 +67,28 @@ impl Kind {
             Self::Node => "node",
             Self::Snapshot => "snapshot",
             Self::Event => "event",
+            Self::Golden => "golden",
         }
     }
 
+    /// Whether watches are told of it.
+    fn is_watched(self) -> bool {
+        !matches!(self, Self::Node | Self::Golden)
+    }
+
     fn from_i64(number: i64) -> Option<Self> {
-        [Self::Atespace, Self::Template, Self::Actor, Self::Worker, Self::Node, Self::Snapshot, Self::Event]
-            .into_iter()
-            .find(|kind| *kind as i64 == number)
+        [
+            Self::Atespace,
+            Self::Template,
+            Self::Actor,
+            Self::Worker,
+            Self::Node,
+            Self::Snapshot,
+            Self::Event,
+            Self::Golden,
+        ]
+        .into_iter()
+        .find(|kind| *kind as i64 == number)
     }
 }
 
@@ -108,6 +127,8 @@ pub enum Check {
     TemplateUnused(String),
     /// This atespace holds neither actors nor templates.
     AtespaceEmpty(String),
+    /// This atespace holds fewer actors than that.
+    ActorsBelow(String, u64),
 }
 
 /// A change of something that is no row of its own.
@@ -181,6 +202,26 @@ pub struct Tx {
     pub refs: Vec<RefChange>,
     pub garbage: Vec<Garbage>,
     pub garbage_done: Vec<i64>,
+    /// What the changes above add to, or take from, what atespaces use.
+    pub usage: Vec<UsageChange>,
+}
+
+/// A change of what an atespace uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct UsageChange {
+    pub atespace: String,
+    pub actors: i64,
+    pub bytes: i64,
+}
+
+/// What an atespace uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Actors.
+    pub actors: u64,
+    /// Bytes of their snapshots.
+    pub bytes: u64,
 }
 
 /// What a commit gave out.
@@ -295,6 +336,9 @@ fn check_message(check: &Check) -> String {
     match check {
         Check::Exists(kind, key) => format!("{} {key:?} does not exist (any more)", kind.as_str()),
         Check::TemplateUnused(_) => "actors still use the template; delete them first".to_owned(),
+        Check::ActorsBelow(name, limit) => {
+            format!("atespace {name:?} holds the {limit} actors that its quota allows")
+        }
         Check::AtespaceEmpty(name) => {
             format!("atespace {name:?} still holds actors or templates; delete them first")
         }
@@ -328,6 +372,8 @@ pub trait Store: Send + Sync + 'static {
     async fn sealed(&self, key: &str) -> Result<Option<Vec<u8>>, StoreError>;
     /// What is to be deleted, oldest first: id, last holder, item.
     async fn garbage(&self, limit: usize) -> Result<Vec<(i64, String, Garbage)>, StoreError>;
+    /// What an atespace uses.
+    async fn usage(&self, atespace: &str) -> Result<Usage, StoreError>;
     /// The latest committed revision, and a wake-up at each commit.
     fn revisions(&self) -> watch::Receiver<u64>;
     /// Leave to delete blobs; none while someone copies the store and then what it names (`backup`).

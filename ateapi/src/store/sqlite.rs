@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     Change, Check, Committed, DeletionPermit, EventQuery, Expect, Garbage, Kind, Object, Query, RefChange,
-    RequestRecord, Store, StoreError, Trim, Tx,
+    RequestRecord, Store, StoreError, Trim, Tx, Usage,
 };
 use crate::model::EventDraft;
 
@@ -80,6 +80,18 @@ pub(super) fn explain(path: &str, doing: &str, error: &sqlx::Error) -> StoreErro
 impl SqliteStore {
     /// Opens or creates a database and brings its schema up to date.
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(Duration::from_secs(5))
+            .foreign_keys(false)
+            .disable_statement_logging();
+        Self::open_with(path, options).await
+    }
+
+    pub(super) async fn open_with(path: &Path, options: SqliteConnectOptions) -> Result<Self, StoreError> {
         let shown = path.display().to_string();
         let unusable = |what: &str, error: &dyn std::fmt::Display| {
             StoreError::Unusable(format!("{what} of database {shown}: {error}"))
@@ -105,14 +117,6 @@ impl SqliteStore {
                     "database {shown} is in use by another control plane: stop it or choose another directory"
                 ))
             })?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(Duration::from_secs(5))
-            .foreign_keys(false)
-            .disable_statement_logging();
         let mut writer = SqliteConnection::connect_with(&options)
             .await
             .map_err(|error| explain(&shown, "cannot open the control plane's state", &error))?;
@@ -138,6 +142,11 @@ impl SqliteStore {
                 "cannot bring the schema of database {shown} up to date: {other}"
             )),
         })?;
+        // What cannot be written is said at the start, not at the first commit. BEGIN IMMEDIATE alone does not tell.
+        sqlx::raw_sql("BEGIN IMMEDIATE; UPDATE meta SET value = value; ROLLBACK")
+            .execute(&mut writer)
+            .await
+            .map_err(|error| explain(&shown, "cannot write the control plane's state", &error))?;
         let revision: i64 = sqlx::query_scalar("SELECT value FROM meta WHERE key = 'revision'")
             .fetch_one(&mut writer)
             .await
@@ -149,7 +158,12 @@ impl SqliteStore {
             .map_err(|error| explain(&shown, "cannot open the control plane's state", &error))?;
         let (announce, revisions) = watch::channel(revision as u64);
         let (jobs, inbox) = mpsc::channel(BACKLOG);
-        let task = Writer { connection: writer, revision: revision as u64, announce, path: shown.clone() };
+        let task = Writer {
+            connection: writer,
+            revision: revision as u64,
+            announce,
+            path: shown.clone(),
+        };
         tokio::spawn(task.run(inbox));
         Ok(Self {
             readers,
@@ -320,6 +334,14 @@ async fn verify(tx: &mut SqliteConnection, wanted: &Tx) -> Result<Result<(), Sto
             .fetch_optional(&mut *tx)
             .await?
             .is_none(),
+            Check::ActorsBelow(name, limit) => {
+                sqlx::query_scalar::<_, i64>("SELECT 1 FROM usage WHERE atespace = ? AND actors >= ?")
+                    .bind(name)
+                    .bind(*limit as i64)
+                    .fetch_optional(&mut *tx)
+                    .await?
+                    .is_none()
+            }
             Check::AtespaceEmpty(name) => sqlx::query_scalar::<_, i64>(
                 "SELECT 1 FROM objects WHERE kind IN (?, ?) AND atespace = ? LIMIT 1",
             )
@@ -515,6 +537,17 @@ async fn apply(tx: &mut SqliteConnection, revision: &mut u64, wanted: Tx) -> Res
             .bind(serde_json::to_string(&item).unwrap_or_default())
             .execute(&mut *tx)
             .await?;
+    }
+    for change in wanted.usage {
+        sqlx::query(
+            "INSERT INTO usage (atespace, actors, bytes) VALUES (?, ?, ?) ON CONFLICT (atespace) DO UPDATE SET \
+             actors = actors + excluded.actors, bytes = bytes + excluded.bytes",
+        )
+        .bind(change.atespace)
+        .bind(change.actors)
+        .bind(change.bytes)
+        .execute(&mut *tx)
+        .await?;
     }
     for id in wanted.garbage_done {
         sqlx::query("DELETE FROM garbage WHERE id = ?").bind(id).execute(&mut *tx).await?;
@@ -724,6 +757,16 @@ impl Store for SqliteStore {
             })
             .collect::<Result<_, _>>()
             .map_err(fail)
+    }
+
+    async fn usage(&self, atespace: &str) -> Result<Usage, StoreError> {
+        let row: Option<(i64, i64)> = sqlx::query_as("SELECT actors, bytes FROM usage WHERE atespace = ?")
+            .bind(atespace)
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(self.io("cannot read"))?;
+        let (actors, bytes) = row.unwrap_or_default();
+        Ok(Usage { actors: actors.max(0) as u64, bytes: bytes.max(0) as u64 })
     }
 
     fn revisions(&self) -> watch::Receiver<u64> {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 
 use super::*;
-use crate::model::{Atespace, State, Stored as _};
+use crate::model::{Atespace, Quota, State, Stored as _};
 use crate::testing::fixtures;
 
 struct Bench {
@@ -23,7 +23,13 @@ async fn both() -> Vec<Bench> {
 }
 
 fn atespace(name: &str) -> Atespace {
-    Atespace { name: name.into(), labels: BTreeMap::new(), created_ms: 0, revision: 0 }
+    Atespace {
+        name: name.into(),
+        labels: BTreeMap::new(),
+        created_ms: 0,
+        quota: Quota::default(),
+        revision: 0,
+    }
 }
 
 fn put(object: Object, expect: Expect) -> Tx {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Records out of rows.
-use super::{Object, Query, Store, StoreError};
+use super::{Kind, Object, Query, Store, StoreError};
 use crate::model::Stored;
 
 /// The record of a row.
@@ -19,6 +19,11 @@ pub fn parse<T: Stored>(object: &Object) -> Result<T, StoreError> {
 /// A record by key.
 pub async fn load<T: Stored>(store: &dyn Store, key: &str) -> Result<Option<T>, StoreError> {
     store.get(T::KIND, key).await?.as_ref().map(parse).transpose()
+}
+
+/// A record of a type that has several kinds, by key.
+pub async fn load_kind<T: Stored>(store: &dyn Store, kind: Kind, key: &str) -> Result<Option<T>, StoreError> {
+    store.get(kind, key).await?.as_ref().map(parse).transpose()
 }
 
 /// A record by name.

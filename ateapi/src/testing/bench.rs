@@ -96,7 +96,7 @@ impl Plane {
                 actor.uid = ActorUid(uuid::Uuid::new_v4().to_string());
                 actor.name = format!("actor-{number}");
                 for snapshot in &mut actor.snapshots {
-                    snapshot.id = SnapshotId::draw();
+                    snapshot.id = SnapshotId::draw(&SystemClock);
                     snapshot.origin = actor.uid.clone();
                 }
                 actor.last = actor.snapshots.last().map(|it| it.id.clone());

@@ -42,6 +42,8 @@ pub fn actor() -> Actor {
         nodes: BTreeSet::new(),
         promote_at_ms: 0,
         clone: false,
+        golden: None,
+        boots_cold: false,
         revision: 0,
     }
 }

@@ -7,8 +7,12 @@ pub mod bench;
 pub mod fixtures;
 #[cfg(test)]
 mod harness;
+#[cfg(test)]
+pub mod net;
 #[cfg_attr(not(test), allow(dead_code, missing_docs))]
 pub mod stub;
+#[cfg_attr(not(test), allow(dead_code, missing_docs))]
+pub mod world;
 
 #[cfg(test)]
-pub use harness::Harness;
+pub use harness::{Harness, settings};

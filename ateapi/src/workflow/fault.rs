@@ -73,6 +73,22 @@ pub enum Injected {
 pub trait Faults: Send + Sync + 'static {
     /// What happens at this point, this time.
     fn hit(&self, point: FaultPoint) -> Injected;
+
+    /// Whether a test undoes a rule, to see that it is noticed.
+    #[cfg(test)]
+    fn undoes(&self, _: Rule) -> bool {
+        false
+    }
+}
+
+/// Rules of order that only a test undoes.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// P2: a node's copy may go only after the durable commit.
+    DropAfterDurable,
+    /// P1: a silent node is given up only when its lease has ended with the margin.
+    WaitForTheLease,
 }
 
 /// Nothing goes wrong by itself.
