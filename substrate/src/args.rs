@@ -146,6 +146,10 @@ pub enum Command {
     Uncordon(Workers),
     /// Keep new actors off workers and suspend those that run there
     Drain(Workers),
+    /// Show what an atespace may use and uses, or change its limits
+    Quota(Quota),
+    /// Declare that a node will not come back: snapshots that only it had are lost
+    NodeLost(NodeLost),
     /// Run a command in an actor; a sleeping actor is woken
     Exec(Exec),
     /// Copy files between an actor and this machine
@@ -536,6 +540,35 @@ pub struct Workers {
     /// Ids of workers, after an optional word "worker"
     #[arg(required = true, value_name = "ID")]
     pub words: Vec<String>,
+}
+
+/// `substrate quota`. What is not given stays; 0 is no limit.
+#[derive(Debug, ClapArgs)]
+pub struct Quota {
+    /// Name of the atespace
+    pub atespace: String,
+    /// Actors, asleep or awake
+    #[arg(long, value_name = "N")]
+    pub actors: Option<u32>,
+    /// Actors that hold a worker
+    #[arg(long, value_name = "N")]
+    pub running: Option<u32>,
+    /// Bytes of all snapshots
+    #[arg(long, value_name = "BYTES")]
+    pub snapshot_bytes: Option<u64>,
+    /// Starts of actors per second
+    #[arg(long, value_name = "N")]
+    pub wakeups_per_s: Option<u32>,
+}
+
+/// `substrate node-lost`.
+#[derive(Debug, ClapArgs)]
+pub struct NodeLost {
+    /// Name of the node
+    pub node: String,
+    /// Needed, because what only the node had is gone for good
+    #[arg(long, required = true)]
+    pub yes: bool,
 }
 
 /// `substrate exec`.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use substrate_proto::ateapi::ActorRef;
+use substrate_proto::ateapi::admin_client::AdminClient;
 use substrate_proto::ateapi::control_client::ControlClient;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -158,6 +159,15 @@ async fn connect_tls(endpoint: &str, remote: &Remote) -> Result<Channel, Failure
 
 /// Longest wait for a connection over TCP.
 const CONNECT: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// Connects to what the control plane serves to administrators.
+///
+/// # Errors
+/// As `connect`.
+pub async fn connect_admin(global: &Global) -> Result<AdminClient<Channel>, Failure> {
+    let path = socket_path(global);
+    Ok(AdminClient::new(connect_unix(&path).await.map_err(|error| explain(&path, &error))?))
+}
 
 /// A channel over a Unix socket. The socket is tried first, so that the system's own reason is seen.
 ///

@@ -80,6 +80,8 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
         Command::Cordon(options) => cmd::verbs::cordon(options, &global, false).await.map(done),
         Command::Uncordon(options) => cmd::verbs::cordon(options, &global, true).await.map(done),
         Command::Drain(options) => cmd::verbs::drain(options, &global).await.map(done),
+        Command::Quota(options) => cmd::admin::quota(options, &global).await.map(done),
+        Command::NodeLost(options) => cmd::admin::node_lost(options, &global).await.map(done),
         Command::Exec(options) => cmd::exec::run(options, &global).await,
         Command::Cp(options) => cmd::cp::run(options, &global).await.map(done),
         Command::Logs(options) => cmd::logs::run(options, &global).await.map(done),

@@ -184,7 +184,7 @@ impl Engine {
             match self.ask(&uid, Verb::Delete, None).await {
                 Ok(_) | Err(CallError::NotFound { .. }) => {}
                 Err(error) => {
-                    tracing::warn!(%uid, %error, "deleting a golden snapshot is left for the next start")
+                    tracing::warn!(%uid, %error, "deleting a golden snapshot is left for the next start");
                 }
             }
         }
@@ -256,7 +256,7 @@ impl Engine {
                     continue;
                 }
                 if known.not_before > now {
-                    later(known.not_before - now);
+                    later(known.not_before.saturating_sub(now));
                     continue;
                 }
                 // The last free worker is for those who wait.
@@ -278,7 +278,13 @@ impl Engine {
             biased;
             outcome = self.boot_and_capture(&new) => outcome,
             () = self.clock.sleep_until(made) => {
-                Err(CallError::Secret(format!("it was not ready within {} min", ATTEMPT.as_secs() / 60)))
+                Err(CallError::Failed {
+                    actor: new.name.clone(),
+                    state: State::Resuming,
+                    reason: "GOLDEN_TIMEOUT".to_owned(),
+                    message: format!("it was not ready and captured within {} min", ATTEMPT.as_secs() / 60),
+                    snapshot: None,
+                })
             }
         };
         match outcome {
@@ -308,12 +314,11 @@ impl Engine {
     /// The maker after its snapshot is durable.
     async fn boot_and_capture(self: &Arc<Self>, new: &Actor) -> Result<Actor, CallError> {
         let find = async || store::load_kind::<Actor>(&*self.store, Kind::Golden, new.uid.as_str()).await;
-        let maker = match find().await? {
-            Some(maker) => maker,
-            None => {
-                self.store.commit(Tx { puts: vec![(new.object(), Expect::Absent)], ..Tx::default() }).await?;
-                new.clone()
-            }
+        let maker = if let Some(maker) = find().await? {
+            maker
+        } else {
+            self.store.commit(Tx { puts: vec![(new.object(), Expect::Absent)], ..Tx::default() }).await?;
+            new.clone()
         };
         if ready(&maker).is_some() {
             return Ok(maker);

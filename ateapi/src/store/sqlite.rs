@@ -158,12 +158,7 @@ impl SqliteStore {
             .map_err(|error| explain(&shown, "cannot open the control plane's state", &error))?;
         let (announce, revisions) = watch::channel(revision as u64);
         let (jobs, inbox) = mpsc::channel(BACKLOG);
-        let task = Writer {
-            connection: writer,
-            revision: revision as u64,
-            announce,
-            path: shown.clone(),
-        };
+        let task = Writer { connection: writer, revision: revision as u64, announce, path: shown.clone() };
         tokio::spawn(task.run(inbox));
         Ok(Self {
             readers,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The commands that are clients of the control plane, and how they print what it answers.
+pub mod admin;
 pub mod apply;
 pub mod backup;
 pub mod cp;
