@@ -111,7 +111,12 @@ impl Access {
         if is_local {
             return Ok(());
         }
-        Err(refusal(Code::PermissionDenied, reason, "this is decided on the control plane's own machine", "call it there"))
+        Err(refusal(
+            Code::PermissionDenied,
+            reason,
+            "this is decided on the control plane's own machine",
+            "call it there",
+        ))
     }
 
     fn grants_of<'a>(&'a self, who: &'a str, verb: &'a Verb) -> impl Iterator<Item = &'a Grant> {

@@ -67,7 +67,7 @@ async fn new_actors_start_from_what_was_made_once() {
     for actor in actors {
         h.delete(&actor.uid).await.unwrap();
     }
-    h.engine.delete_template("space", "g").await.unwrap();
+    h.engine.delete_template("space", "g", None).await.unwrap();
     assert!(makers(&h).await.is_empty());
     assert!(h.blobs.manifests().is_empty());
 }

@@ -233,7 +233,9 @@ impl Sim {
         let key = self.key("stop");
         let Some(Ok(first)) = self.call(uid, &verb, Some(&key)).await else { return };
         // One that found the actor asleep already began nothing that could be found again.
-        let began = self.store.request(&key.id).await.unwrap().is_some();
+        let record = self.store.request(&key.id).await.unwrap();
+        let made = first.snapshot.as_ref().map(|it| it.id.0.clone());
+        let began = record.is_some_and(|record| Some(record.outcome) == made);
         let Some(Ok(second)) = self.call(uid, &verb, Some(&key)).await else { return };
         let (Some(first), Some(second)) = (first.snapshot, second.snapshot) else { return };
         let known = self.find(uid).await.is_some_and(|actor| actor.snapshot(&first.id).is_some());
