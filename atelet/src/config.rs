@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::blob::BlobUrl;
 use crate::{Error, image};
 
 /// One worker slot of the node.
@@ -82,8 +83,9 @@ pub struct Config {
     /// Sockets and what may never be on a disk (identity and files of actors). If it is not on a tmpfs, one is
     /// mounted below it.
     pub run_dir: PathBuf,
-    /// The local blob store.
-    pub blobs: PathBuf,
+    /// Where durable snapshots are: `/absolute/path`, `file:/absolute/path`, or
+    /// `s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME&path_style=BOOL]`.
+    pub blobs: BlobUrl,
     /// Keys: `master.key` and `atespaces/<name>.key`. Made 0700.
     pub keys: PathBuf,
     /// Logs: of the workers (`workers/<id>.log`) and of actors (`actors/<atespace>/<actor>/<container>.log`).
@@ -172,7 +174,7 @@ impl Config {
             node: node.to_owned(),
             dir: dir.join("node"),
             run_dir: run.to_owned(),
-            blobs: dir.join("blobs"),
+            blobs: BlobUrl::Local(dir.join("blobs")),
             keys: dir.join("keys"),
             logs: dir.join("logs"),
             socket: run.join("atelet.sock"),
@@ -209,7 +211,6 @@ impl Config {
         for (name, path) in [
             ("dir", &self.dir),
             ("run_dir", &self.run_dir),
-            ("blobs", &self.blobs),
             ("keys", &self.keys),
             ("logs", &self.logs),
             ("ateom_binary", &self.ateom_binary),

@@ -411,7 +411,7 @@ impl GvisorSandbox {
             error @ (RuntimeError::Timeout { .. } | RuntimeError::Launch(_)) => error,
             // A sentry that is being killed hangs up before its pidfd tells: only its own answer shows that it lives.
             error => match self.root(&["ps", bundle::ROOT], COMMAND_LIMIT).await {
-                Ok(_) => RuntimeError::CheckpointRefused(error.to_string()),
+                Ok(()) => RuntimeError::CheckpointRefused(error.to_string()),
                 Err(silent) => {
                     RuntimeError::Failed(format!("{error}; and the sandbox does not answer: {silent}"))
                 }

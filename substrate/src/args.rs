@@ -166,6 +166,12 @@ pub enum Command {
     Backup(Backup),
     /// Make a machine's directory from a backup
     Restore(Restore),
+    /// Delete what the blob store and this machine hold without anything naming it
+    Gc(Gc),
+    /// Verify everything that is stored: every manifest, every block, every copy on this machine
+    Fsck(Fsck),
+    /// Make a new key for an atespace: later snapshots use it, earlier ones stay readable
+    RotateKey(RotateKey),
     /// Run a demonstration on this machine, every step asserted
     Demo(Demo),
     /// The part of the demo's internet that is not Python
@@ -235,6 +241,49 @@ pub struct Up {
     /// Print the ready line as one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where a machine's state is, for commands that read it themselves.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Place {
+    /// Where everything is kept [default: /var/lib/substrate]
+    #[arg(long, value_name = "DIR", env = "SUBSTRATE_DIR")]
+    pub dir: Option<PathBuf>,
+    /// Configuration file (TOML) that `up` was started with
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// `substrate gc`. Safe while substrate runs.
+#[derive(Debug, ClapArgs)]
+pub struct Gc {
+    /// Where
+    #[command(flatten)]
+    pub place: Place,
+    /// Only say what would be deleted
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `substrate rotate-key`. Safe while substrate runs.
+#[derive(Debug, ClapArgs)]
+pub struct RotateKey {
+    /// Where
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// `substrate fsck`. Reads only; safe while substrate runs.
+///
+/// Ends with 0 when everything is sound, 1 when something is missing or damaged, 5 when the store does not answer.
+#[derive(Debug, ClapArgs)]
+pub struct Fsck {
+    /// Where
+    #[command(flatten)]
+    pub place: Place,
+    /// Only manifests, sizes and references: read no blocks
+    #[arg(long)]
+    pub quick: bool,
 }
 
 /// `substrate doctor`.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use substrate_proto::types;
 
 use super::{Answer, CallError, Engine, RequestKey, Verb, lock};
+use crate::inventory::{Fate, Inventory};
 use crate::model::{Actor, ActorUid, NodeName, State};
 use crate::node::SharedNode;
 use crate::secrets::Sealer;
@@ -61,6 +62,7 @@ struct Sim {
     engine: Mutex<Arc<Engine>>,
     uids: Mutex<Vec<ActorUid>>,
     count: AtomicU64,
+    swept: AtomicU64,
 }
 
 async fn start(
@@ -113,6 +115,7 @@ impl Sim {
             engine: Mutex::new(engine),
             uids: Mutex::default(),
             count: AtomicU64::new(0),
+            swept: AtomicU64::new(0),
         };
         // Sessions begin.
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -463,8 +466,32 @@ impl Sim {
         self.check().await
     }
 
+    /// `substrate gc`, which takes its time between listing, reading the records and deleting.
+    async fn sweep(&self) {
+        let listed = self.blobs.manifests();
+        tokio::time::sleep(self.world.ms(0, 5_000)).await;
+        // The references are read later than the records here, which can only show more of them.
+        let actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        let (refs, garbage) = self.store.blobs();
+        let inventory = Inventory::new(actors, refs, garbage);
+        tokio::time::sleep(self.world.ms(0, 5_000)).await;
+        for manifest in listed {
+            if inventory.fate(&format!("actors/{manifest}/manifest")) == Fate::Orphan {
+                self.world.note(format_args!("swept {manifest}"));
+                self.blobs.delete(&manifest);
+                self.swept.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
     async fn run(self: &Arc<Self>) -> Result<(), String> {
         self.world.set_calm(false);
+        let sim = Arc::clone(self);
+        let sweeper = tokio::spawn(async move {
+            while !sim.world.is_calm() {
+                sim.sweep().await;
+            }
+        });
         let clients: Vec<_> = (0..CLIENTS)
             .map(|_| {
                 let sim = Arc::clone(self);
@@ -489,14 +516,18 @@ impl Sim {
             let ended = tokio::time::timeout(Duration::from_mins(20), client).await;
             ended.map_err(|_| "a call is never answered".to_owned())?.map_err(|error| error.to_string())?;
         }
+        let ended = tokio::time::timeout(Duration::from_mins(1), sweeper).await;
+        ended.map_err(|_| "a sweep never ends".to_owned())?.map_err(|error| error.to_string())?;
         self.conclude().await
     }
 }
 
-/// What a seed led to: the digest of all that happened, how many answers had to be kept, and what broke.
+/// What a seed led to: the digest of all that happened, how many answers had to be kept, how many orphans were
+/// swept, and what broke.
 struct Run {
     digest: u64,
     promises: usize,
+    swept: u64,
     outcome: Result<(), String>,
 }
 
@@ -512,7 +543,8 @@ fn simulate(seed: u64, undone: Option<Rule>) -> Run {
             let trace = if sim.world.verdict().is_some() { String::new() } else { sim.world.last() };
             format!("seed {seed} (replay: ATEAPI_SEED={seed} ATEAPI_SEEDS=1): {what}\n{trace}")
         });
-        Run { digest: sim.world.digest(), promises: sim.world.promises(), outcome }
+        let swept = sim.swept.load(Ordering::Relaxed);
+        Run { digest: sim.world.digest(), promises: sim.world.promises(), swept, outcome }
     })
 }
 
@@ -523,14 +555,16 @@ fn number(name: &str, default: u64) -> u64 {
 #[test]
 fn random_weather() {
     let first = number("ATEAPI_SEED", 0);
-    let (mut promises, mut failed) = (0, Vec::new());
+    let (mut promises, mut swept, mut failed) = (0, 0, Vec::new());
     for seed in first..first + number("ATEAPI_SEEDS", 150) {
         let run = simulate(seed, None);
         promises += run.promises;
+        swept += run.swept;
         failed.extend(run.outcome.err());
     }
     assert!(failed.is_empty(), "{} seeds failed:\n{}", failed.len(), failed.join("\n\n"));
     assert!(promises > 0, "nothing was answered, so nothing was checked");
+    assert!(swept > 0, "nothing was ever swept");
 }
 
 #[test]

@@ -51,6 +51,14 @@ impl MemoryStore {
         self.lock().closed = false;
     }
 
+    /// What is referenced, by whom, and what is garbage; of one moment.
+    #[cfg(test)]
+    pub(crate) fn blobs(&self) -> (Vec<(String, Garbage)>, Vec<Garbage>) {
+        let inner = self.lock();
+        let garbage = inner.garbage.values().map(|(_, item)| item.clone()).collect();
+        (inner.refs.iter().cloned().collect(), garbage)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

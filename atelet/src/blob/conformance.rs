@@ -14,8 +14,12 @@ fn pieces(count: usize, size: usize) -> ByteStream {
     futures::stream::iter((0..count).map(move |piece| Ok(Bytes::from(vec![piece as u8; size])))).boxed()
 }
 
+async fn names(store: &dyn BlobStore, directory: &str) -> Vec<Key> {
+    store.list(&key(directory)).await.unwrap().into_iter().map(|listed| listed.key).collect()
+}
+
 /// The suite. `store` is empty.
-async fn run(store: &dyn BlobStore) {
+pub(super) async fn run(store: &dyn BlobStore) {
     let (a, b) = (key("actors/u1/1-s/packs/p"), key("actors/u1/1-s/manifest"));
     assert_eq!(store.head(&a).await.unwrap(), None);
     assert!(matches!(store.get(&a, 0..1).await, Err(BlobError::NotFound { .. })));
@@ -46,18 +50,37 @@ async fn run(store: &dyn BlobStore) {
     assert_eq!(store.head(&c).await.unwrap(), None);
     assert_eq!(store.put(&c, whole("")).await.unwrap(), 0);
 
-    assert_eq!(store.list(&key("actors/u1")).await.unwrap(), [b.clone(), a.clone()]);
-    assert_eq!(store.list(&key("actors")).await.unwrap().len(), 3);
+    assert_eq!(names(store, "actors/u1").await, [b.clone(), a.clone()]);
+    let all = store.list(&key("actors")).await.unwrap();
+    assert_eq!(all.iter().map(|listed| listed.size).collect::<Vec<_>>(), [1000, 4_000_000, 0]);
+    let age = |listed: &super::Listed| listed.written.elapsed().unwrap_or_default();
+    assert!(all.iter().all(|listed| age(listed) < std::time::Duration::from_mins(5)), "{all:?}");
     // A directory is a whole component.
     assert!(store.list(&key("actors/u")).await.unwrap().is_empty());
 
     store.delete(&a).await.unwrap();
     store.delete(&a).await.unwrap();
     assert_eq!(store.head(&a).await.unwrap(), None);
-    assert_eq!(store.list(&key("actors")).await.unwrap(), [b.clone(), c.clone()]);
+    assert_eq!(names(store, "actors").await, [b.clone(), c.clone()]);
     // A deleted name may be written again.
     store.put(&a, whole("again")).await.unwrap();
-    for key in [a, b, c] {
+    // Larger than any single request of a store that takes objects in parts.
+    let big = key("actors/u3/1-s/packs/p");
+    assert_eq!(store.put(&big, pieces(300, 100_000)).await.unwrap(), 30_000_000);
+    assert_eq!(store.head(&big).await.unwrap(), Some(30_000_000));
+    let end = store.get(&big, 29_899_999..30_000_000).await.unwrap();
+    assert_eq!((end.len(), end[0], end[1]), (100_001, 298u16 as u8, 299u16 as u8));
+    assert!(matches!(store.put(&big, pieces(300, 100_000)).await, Err(BlobError::Exists(_))));
+    let cut = key("actors/u3/1-s/packs/cut");
+    let broken = pieces(300, 100_000)
+        .chain(futures::stream::once(async { Err(std::io::Error::other("the disk died")) }))
+        .boxed();
+    assert!(matches!(store.put(&cut, broken).await, Err(BlobError::Source { .. })));
+    assert_eq!(names(store, "actors/u3").await, std::slice::from_ref(&big));
+
+    store.check().await.unwrap();
+    assert_eq!(store.abandon(std::time::Duration::ZERO, true).await.unwrap(), 0, "a put left parts behind");
+    for key in [a, b, c, big] {
         store.delete(&key).await.unwrap();
     }
 }
@@ -97,5 +120,5 @@ async fn faults_are_errors_and_leave_nothing() {
 
     store.set(Faults { stale_list: true, ..Faults::default() });
     store.put(&key("a/new"), whole("x")).await.unwrap();
-    assert!(!store.list(&key("a")).await.unwrap().contains(&key("a/new")));
+    assert!(!names(&store, "a").await.contains(&key("a/new")));
 }

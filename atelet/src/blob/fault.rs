@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
 
-use super::{BlobError, BlobStore, ByteStream, Key};
+use super::{BlobError, BlobStore, ByteStream, Key, Listed};
 
 /// What a faulty store does next.
 #[derive(Debug, Clone, Default)]
@@ -136,13 +137,21 @@ impl<S: BlobStore> BlobStore for FaultStore<S> {
         self.inner.delete(key).await
     }
 
-    async fn list(&self, directory: &Key) -> Result<Vec<Key>, BlobError> {
+    async fn list(&self, directory: &Key) -> Result<Vec<Listed>, BlobError> {
         self.fails("list", directory)?;
-        let mut keys = self.inner.list(directory).await?;
+        let mut listed = self.inner.list(directory).await?;
         let hidden = self.hidden.lock().unwrap_or_else(PoisonError::into_inner);
         if self.with(|faults| faults.stale_list) {
-            keys.retain(|key| !hidden.contains(key));
+            listed.retain(|listed| !hidden.contains(&listed.key));
         }
-        Ok(keys)
+        Ok(listed)
+    }
+
+    async fn check(&self) -> Result<(), BlobError> {
+        self.inner.check().await
+    }
+
+    async fn abandon(&self, older_than: Duration, dry_run: bool) -> Result<u64, BlobError> {
+        self.inner.abandon(older_than, dry_run).await
     }
 }

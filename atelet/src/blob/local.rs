@@ -9,12 +9,13 @@ use std::io::{self, ErrorKind, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
 
-use super::{BlobError, BlobStore, ByteStream, Key};
+use super::{BlobError, BlobStore, ByteStream, Key, Listed};
 use crate::durable;
 
 /// Objects as files below a root.
@@ -32,6 +33,18 @@ impl LocalStore {
         let store = Self { root: root.to_owned() };
         durable::create_dir(root).and_then(|()| sweep(root)).map_err(store.failed(""))?;
         Ok(store)
+    }
+
+    /// Opens a store that another process may have open.
+    ///
+    /// # Errors
+    /// [`BlobError::Unusable`] when there is none.
+    pub fn beside(root: &Path) -> Result<Self, BlobError> {
+        let store = Self { root: root.to_owned() };
+        if root.is_dir() {
+            return Ok(store);
+        }
+        Err(BlobError::Unusable { store: store.location(), reason: "there is no such directory".to_owned() })
     }
 
     fn path(&self, key: &Key) -> PathBuf {
@@ -172,36 +185,50 @@ impl BlobStore for LocalStore {
         .map_err(self.failed(key.as_str()))
     }
 
-    async fn list(&self, directory: &Key) -> Result<Vec<Key>, BlobError> {
-        fn collect(root: &Path, dir: &Path, keys: &mut Vec<Key>) -> io::Result<()> {
+    async fn list(&self, directory: &Key) -> Result<Vec<Listed>, BlobError> {
+        fn collect(root: &Path, dir: &Path, found: &mut Vec<Listed>) -> io::Result<()> {
+            let gone =
+                |error: &io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
             let entries = match std::fs::read_dir(dir) {
-                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-                    return Ok(());
-                }
+                Err(error) if gone(&error) => return Ok(()),
                 other => other?,
             };
             for entry in entries {
                 let entry = entry?;
                 let path = entry.path();
                 if entry.file_type()?.is_dir() {
-                    collect(root, &path, keys)?;
+                    collect(root, &path, found)?;
                 } else if let Some(key) = path.strip_prefix(root).ok().and_then(Path::to_str)
                     && let Ok(key) = Key::new(key)
                 {
-                    keys.push(key);
+                    match entry.metadata() {
+                        Ok(meta) => found.push(Listed { key, size: meta.len(), written: meta.modified()? }),
+                        // Deleted meanwhile.
+                        Err(error) if gone(&error) => {}
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             Ok(())
         }
         let (root, dir) = (self.root.clone(), self.path(directory));
-        let mut keys = blocking(move || {
-            let mut keys = Vec::new();
-            collect(&root, &dir, &mut keys).map(|()| keys)
+        let mut found = blocking(move || {
+            let mut found = Vec::new();
+            collect(&root, &dir, &mut found).map(|()| found)
         })
         .await
         .map_err(self.failed(directory.as_str()))?;
-        keys.sort();
-        Ok(keys)
+        found.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(found)
+    }
+
+    async fn check(&self) -> Result<(), BlobError> {
+        Ok(())
+    }
+
+    async fn abandon(&self, _: Duration, _: bool) -> Result<u64, BlobError> {
+        // Hidden files of killed writers go when the store is opened.
+        Ok(0)
     }
 }
 

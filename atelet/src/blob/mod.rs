@@ -8,8 +8,12 @@
 //! * Keys are paths of plain components ([`Key`]); they carry the actor's uid and generation:
 //!   `actors/<uid>/<generation>-<snapshot id>/manifest` and `…/packs/<random>`.
 //! * A listing may lag behind; nothing but collection and a look-up without generation rests on one.
+//!
+//! [`open`] opens what a [`BlobUrl`] names: a directory ([`LocalStore`]) or a bucket ([`S3Store`]).
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -20,8 +24,14 @@ use tonic::Code;
 mod conformance;
 pub mod fault;
 mod local;
+mod s3;
+#[cfg(test)]
+mod s3_tests;
+mod url;
 
 pub use local::LocalStore;
+pub use s3::S3Store;
+pub use url::{BlobUrl, S3Url};
 
 /// Content on its way into the store. An error in it ends the put.
 pub type ByteStream = BoxStream<'static, std::io::Result<Bytes>>;
@@ -61,6 +71,17 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// An object in a listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub key: Key,
+    /// Bytes.
+    pub size: u64,
+    /// When it was written, by the store's clock.
+    pub written: SystemTime,
 }
 
 /// What went wrong with a blob store.
@@ -108,6 +129,25 @@ pub enum BlobError {
         /// Why.
         source: std::io::Error,
     },
+    /// Nothing can be kept there, now or later: it is set up wrongly.
+    #[error("the blob store {store} cannot be used: {reason}")]
+    Unusable {
+        /// Where.
+        store: String,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// Not the name of a blob store.
+    #[error(
+        "{url:?} names no blob store ({reason}): write /absolute/path, file:/absolute/path or \
+         s3://BUCKET[/PREFIX][?endpoint=URL&region=NAME&path_style=true]"
+    )]
+    BadUrl {
+        /// As given, shortened.
+        url: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The store cannot be reached or failed.
     #[error("the blob store {store} failed for {key}: {source}")]
     Unavailable {
@@ -129,6 +169,7 @@ impl BlobError {
             Self::Full { .. } => (Code::ResourceExhausted, "STORE_FULL"),
             Self::Source { .. } => (Code::Internal, "BLOB_SOURCE"),
             Self::Unavailable { .. } => (Code::Unavailable, "STORE_UNAVAILABLE"),
+            Self::Unusable { .. } | Self::BadUrl { .. } => (Code::FailedPrecondition, "STORE_UNUSABLE"),
         }
     }
 }
@@ -163,11 +204,39 @@ pub trait BlobStore: Send + Sync + fmt::Debug {
     /// [`BlobError::Unavailable`].
     async fn delete(&self, key: &Key) -> Result<(), BlobError>;
 
-    /// Keys below a directory (`actors/<uid>`), sorted.
+    /// Objects below a directory (`actors/<uid>`), sorted by key.
     ///
     /// # Errors
     /// [`BlobError::Unavailable`].
-    async fn list(&self, directory: &Key) -> Result<Vec<Key>, BlobError>;
+    async fn list(&self, directory: &Key) -> Result<Vec<Listed>, BlobError>;
+
+    /// Proves that the store keeps the promises above, as far as a few small requests can.
+    ///
+    /// # Errors
+    /// [`BlobError::Unusable`] when it is set up wrongly, [`BlobError::Unavailable`] when it cannot be asked.
+    async fn check(&self) -> Result<(), BlobError>;
+
+    /// Ends puts that were begun this long ago and whose writer is gone; their bytes are in no listing. Answers how
+    /// many there are; `dry_run` only counts.
+    ///
+    /// # Errors
+    /// [`BlobError::Unavailable`].
+    async fn abandon(&self, older_than: Duration, dry_run: bool) -> Result<u64, BlobError>;
+}
+
+/// Opens what a URL names. `exclusive`: no other process has it open, and what a killed one left half-written goes.
+///
+/// # Errors
+/// [`BlobError::Unavailable`], [`BlobError::Unusable`].
+pub async fn open(url: &BlobUrl, exclusive: bool) -> Result<Arc<dyn BlobStore>, BlobError> {
+    Ok(match url {
+        BlobUrl::Local(path) if exclusive => {
+            let path = path.clone();
+            Arc::new(crate::blocking(move || LocalStore::open(&path)).await?)
+        }
+        BlobUrl::Local(path) => Arc::new(LocalStore::beside(path)?),
+        BlobUrl::S3(url) => Arc::new(S3Store::open(url).await),
+    })
 }
 
 /// A stream of one piece.

@@ -26,7 +26,7 @@ use super::service::Service;
 use super::session::Hub;
 use crate::actor::ledger::Ledger;
 use crate::actor::place::ActorPlaces;
-use crate::blob::LocalStore;
+use crate::blob::{self, BlobError, BlobStore};
 use crate::config::cores;
 use crate::disk::Disk;
 use crate::flight::Flights;
@@ -45,6 +45,12 @@ const UPKEEP: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long a worker may take to end.
 const WORKER_END: Duration = Duration::from_secs(30);
+/// How long a task of this process may take to end at a shutdown: longer than a worker's fencing.
+const TASK_END: Duration = Duration::from_secs(20);
+/// How long an ateom may take to say what its slot holds.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long the blob store may take to answer at a start.
+const STORE_CHECK: Duration = Duration::from_secs(10);
 /// Uploads at the same time: each uses all cores by itself.
 const UPLOADS: usize = 2;
 /// Boots at the same time for each restore.
@@ -66,6 +72,7 @@ pub async fn serve(
         let config = config.clone();
         crate::blocking(move || prepare(&config)).await?
     };
+    let store = open_store(&config).await?;
     let images = ImageStore::open(config.image_limits.store(config.dir.join("images"))).await?;
     let hierarchy = Hierarchy::detect()?;
     let settings = Arc::new(settings(&config));
@@ -92,7 +99,8 @@ pub async fn serve(
             tasks.push(task);
             workers.insert(worker.id.clone(), handle);
         }
-        let Prepared { boot_id, snapshots, durable, places, ledger } = preparing;
+        let Prepared { boot_id, snapshots, keys, places, ledger } = preparing;
+        let durable = Durable::new(store, keys, cores());
         Node {
             boot_id,
             images,
@@ -147,19 +155,44 @@ pub async fn serve(
         () = async { shutdown.cancelled().await; tokio::time::sleep(DRAIN).await } => Ok(()),
     };
     stop.cancel();
-    for task in tasks.into_iter().chain([upkeep]) {
-        if let Err(error) = task.await {
-            tracing::error!(%error, "a task of the node agent failed");
+    let ends = tasks.into_iter().chain([upkeep]).map(|mut task| async move {
+        match timeout(TASK_END, &mut task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "a task of the node agent failed"),
+            Err(_) => {
+                // It holds nothing that a next start would not find as after a kill.
+                tracing::error!("a task of the node agent did not end in time and is abandoned");
+                task.abort();
+            }
         }
-    }
+    });
+    futures::future::join_all(ends).await;
     drop(lock);
     served.map_err(|source| Error::Serve { socket, source })
+}
+
+/// Opens the blob store. One that is set up wrongly is an error; one that does not answer now is not: what runs here
+/// must be adopted all the same, and uploads are sent again.
+async fn open_store(config: &Config) -> Result<Arc<dyn BlobStore>, Error> {
+    let store = blob::open(&config.blobs, true).await?;
+    match timeout(STORE_CHECK, store.check()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error @ BlobError::Unusable { .. })) => return Err(error.into()),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "the blob store does not answer; nothing can be suspended into it");
+        }
+        Err(_) => tracing::warn!(
+            store = store.location(),
+            "the blob store does not answer; nothing can be suspended into it"
+        ),
+    }
+    Ok(store)
 }
 
 struct Prepared {
     boot_id: String,
     snapshots: NodeSnapshots,
-    durable: Durable,
+    keys: Arc<FileKeyStore>,
     places: ActorPlaces,
     ledger: Ledger,
 }
@@ -171,11 +204,10 @@ fn prepare(config: &Config) -> Result<(Prepared, Flock<std::fs::File>), Error> {
     durable::create_dir(&config.logs.join("workers"))?;
     let lock = lock(&config.dir.join("atelet.lock"))?;
     let keys = Arc::new(FileKeyStore::open(&config.keys)?);
-    let store = Arc::new(LocalStore::open(&config.blobs)?);
     let prepared = Prepared {
         boot_id: boot_id()?,
         snapshots: NodeSnapshots::open(&config.dir.join("snapshots"), cores())?,
-        durable: Durable::new(store, keys, cores()),
+        keys,
         places: ActorPlaces::open(
             &config.dir.join("actors"),
             &config.run_dir.join("actors"),
@@ -343,21 +375,21 @@ async fn stop_worker(settings: &Settings, id: &str) -> Result<bool, Stop> {
         .await
         .unwrap_or_else(|_| Err("no answer in time".to_owned()))
         .map_err(|error| Stop::Failed(format!("it does not answer: {error}")))?;
-    let slot = client
-        .get_status(GetStatusRequest {})
+    let slot = timeout(ANSWER, client.get_status(GetStatusRequest {}))
         .await
+        .map_err(|_| Stop::Failed("it does not say what its slot holds".to_owned()))?
         .map_err(|status| Stop::Failed(status.message().to_owned()))?
         .into_inner();
     if !matches!(slot.phase(), Phase::Empty | Phase::Exited | Phase::Lost) {
         return Err(Stop::Busy(format!("{:?}", slot.phase())));
     }
     // Its answer may be lost with its process.
-    let answer = client.shutdown(ShutdownRequest {}).await;
+    let answer = timeout(WORKER_END, client.shutdown(ShutdownRequest {})).await;
     match (timeout(WORKER_END, process.ended()).await, answer) {
         (Ok(_), _) => {
             durable::remove_file(&note).map(|()| true).map_err(|error| Stop::Failed(error.to_string()))
         }
-        (Err(_), Err(status)) => Err(Stop::Failed(status.message().to_owned())),
-        (Err(_), Ok(_)) => Err(Stop::Failed("it did not end in time".to_owned())),
+        (Err(_), Ok(Err(status))) => Err(Stop::Failed(status.message().to_owned())),
+        (Err(_), _) => Err(Stop::Failed("it did not end in time".to_owned())),
     }
 }

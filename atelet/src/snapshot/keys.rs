@@ -11,13 +11,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use chacha20poly1305::aead::{Aead as _, KeyInit as _, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
+use nix::fcntl::{Flock, FlockArg};
 use rand::TryRngCore as _;
 use serde::{Deserialize, Serialize};
 
@@ -142,12 +143,37 @@ struct AtespaceFile {
     versions: BTreeMap<u32, String>,
 }
 
+/// Whether reading an atespace's keys may make one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Add {
+    /// No: what was wrapped needs the key that wrapped it.
+    None,
+    /// If there is none yet.
+    First,
+    /// Always.
+    One,
+}
+
+/// The keys of an atespace by version.
+type Versions = BTreeMap<u32, [u8; 32]>;
+
+/// Which file a key file is: it is only ever replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp(Option<(u64, i64, i64)>);
+
+impl Stamp {
+    fn of(path: &Path) -> Self {
+        let meta = std::fs::metadata(path).ok();
+        Self(meta.map(|meta| (meta.ino(), meta.mtime(), meta.mtime_nsec())))
+    }
+}
+
 /// Keys in files.
 pub struct FileKeyStore {
     dir: PathBuf,
     master: [u8; 32],
     /// Opened keys. One writer at a time makes or rotates a key.
-    opened: Mutex<BTreeMap<String, BTreeMap<u32, [u8; 32]>>>,
+    opened: Mutex<BTreeMap<String, (Stamp, Versions)>>,
 }
 
 impl fmt::Debug for FileKeyStore {
@@ -197,16 +223,23 @@ impl FileKeyStore {
         format!("substrate atespace key 1\0{atespace}\0{version}").into_bytes()
     }
 
-    /// Reads an atespace's keys, `add`ing a version if asked or if there is none.
-    fn load(&self, atespace: &str, add: bool) -> Result<BTreeMap<u32, [u8; 32]>, KeyError> {
+    /// Reads an atespace's keys, adding a version if that is `wanted`.
+    fn load(&self, atespace: &str, wanted: Add) -> Result<Versions, KeyError> {
         if !is_label(atespace) {
             return Err(KeyError::Atespace(atespace.chars().take(80).collect()));
         }
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        if !add && let Some(keys) = opened.get(atespace) {
+        let path = self.path(atespace);
+        if wanted != Add::One
+            && let Some((stamp, keys)) = opened.get(atespace)
+            && *stamp == Stamp::of(&path)
+        {
             return Ok(keys.clone());
         }
-        let path = self.path(atespace);
+        // Other processes rotate too; nobody's version may be overwritten.
+        let _alone = if wanted == Add::None { None } else { Some(self.lock()?) };
+        // Before the file is read: a change in between is noticed at the next use.
+        let mut stamp = Stamp::of(&path);
         let bad = |reason: String| KeyError::File { path: path.clone(), reason };
         let mut file = match std::fs::read(&path) {
             Ok(text) => serde_json::from_slice::<AtespaceFile>(&text)
@@ -228,7 +261,7 @@ impl FileKeyStore {
                 })?;
             keys.insert(*version, key);
         }
-        if add || keys.is_empty() {
+        if wanted == Add::One || wanted == Add::First && keys.is_empty() {
             let version = keys.last_key_value().map_or(1, |(last, _)| last + 1);
             let key = DataKey::random()?.0;
             let sealed = seal(&self.master, &Self::context(atespace, version), &key)?;
@@ -237,16 +270,32 @@ impl FileKeyStore {
             // Durable before anything is wrapped with it.
             durable::write(&path, &text, 0o600)?;
             keys.insert(version, key);
+            stamp = Stamp::of(&path);
         }
-        opened.insert(atespace.to_owned(), keys.clone());
+        if !keys.is_empty() {
+            opened.insert(atespace.to_owned(), (stamp, keys.clone()));
+        }
         Ok(keys)
+    }
+
+    fn lock(&self) -> Result<Flock<std::fs::File>, KeyError> {
+        let path = self.dir.join("lock");
+        let file = std::fs::File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(durable::at("open", &path))?;
+        Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, error)| durable::at("lock", &path)(error.into()).into())
     }
 }
 
 #[async_trait]
 impl KeyStore for FileKeyStore {
     async fn wrap(&self, atespace: &str, context: &str, key: &DataKey) -> Result<WrappedKey, KeyError> {
-        let keys = self.load(atespace, false)?;
+        let keys = self.load(atespace, Add::First)?;
         let Some((version, wrapping)) = keys.last_key_value() else {
             return Err(KeyError::NoVersion {
                 atespace: atespace.to_owned(),
@@ -258,7 +307,7 @@ impl KeyStore for FileKeyStore {
     }
 
     async fn unwrap(&self, atespace: &str, context: &str, key: &WrappedKey) -> Result<DataKey, KeyError> {
-        let keys = self.load(atespace, false)?;
+        let keys = self.load(atespace, Add::None)?;
         let wrapping = keys.get(&key.version).ok_or_else(|| KeyError::NoVersion {
             atespace: atespace.to_owned(),
             version: key.version,
@@ -272,7 +321,7 @@ impl KeyStore for FileKeyStore {
     }
 
     async fn rotate(&self, atespace: &str) -> Result<u32, KeyError> {
-        Ok(self.load(atespace, true)?.last_key_value().map_or(0, |(version, _)| *version))
+        Ok(self.load(atespace, Add::One)?.last_key_value().map_or(0, |(version, _)| *version))
     }
 }
 
@@ -290,6 +339,9 @@ mod tests {
         };
         let store = FileKeyStore::open(dir.path()).unwrap();
         assert_eq!(store.unwrap("blue", "snapshot 1", &wrapped).await.unwrap().0, key.0);
+        let error = store.unwrap("red", "snapshot 1", &wrapped).await.unwrap_err();
+        assert!(matches!(error, KeyError::NoVersion { .. }), "{error}");
+        store.wrap("red", "snapshot 1", &key).await.unwrap();
         for (atespace, context) in [("blue", "snapshot 2"), ("red", "snapshot 1")] {
             let error = store.unwrap(atespace, context, &wrapped).await.unwrap_err();
             assert!(matches!(error, KeyError::Mismatch { .. }), "{error}");
@@ -317,7 +369,17 @@ mod tests {
         let store = FileKeyStore::open(dir.path()).unwrap();
         assert_eq!(store.unwrap("blue", "s", &old).await.unwrap().0, key.0);
         assert_eq!(store.unwrap("blue", "s", &new).await.unwrap().0, key.0);
-        let unknown = WrappedKey { version: 3, ..new };
+        // Another process rotates: this one uses the new version from then on.
+        assert_eq!(FileKeyStore::open(dir.path()).unwrap().rotate("blue").await.unwrap(), 3);
+        let newest = store.wrap("blue", "s", &key).await.unwrap();
+        assert_eq!(newest.version, 3);
+        assert_eq!(store.rotate("blue").await.unwrap(), 4);
+        assert_eq!(store.unwrap("blue", "s", &newest).await.unwrap().0, key.0);
+        std::fs::remove_file(dir.path().join("atespaces/blue.key")).unwrap();
+        let lost = FileKeyStore::open(dir.path()).unwrap();
+        assert!(matches!(lost.unwrap("blue", "s", &old).await, Err(KeyError::NoVersion { .. })));
+        assert!(!dir.path().join("atespaces/blue.key").exists(), "a lost key was replaced");
+        let unknown = WrappedKey { version: 5, ..new };
         assert!(matches!(store.unwrap("blue", "s", &unknown).await, Err(KeyError::NoVersion { .. })));
         assert!(matches!(store.wrap("../up", "s", &key).await, Err(KeyError::Atespace(_))));
     }
@@ -326,12 +388,12 @@ mod tests {
     fn a_master_key_that_others_may_read_or_that_changed_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let store = FileKeyStore::open(dir.path()).unwrap();
-        store.load("blue", false).unwrap();
+        store.load("blue", Add::First).unwrap();
         let path = dir.path().join("master.key");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(FileKeyStore::open(dir.path()).unwrap_err().to_string().contains("chmod"));
         durable::write(&path, hex::encode([7; 32]).as_bytes(), 0o600).unwrap();
-        let error = FileKeyStore::open(dir.path()).unwrap().load("blue", false).unwrap_err();
+        let error = FileKeyStore::open(dir.path()).unwrap().load("blue", Add::First).unwrap_err();
         assert!(error.to_string().contains("does not open with master.key"), "{error}");
     }
 }

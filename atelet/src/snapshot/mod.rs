@@ -13,6 +13,9 @@ use tonic::Code;
 
 use crate::blob::BlobError;
 
+mod check;
+#[cfg(test)]
+mod corpus_tests;
 pub mod digest;
 mod keys;
 pub mod manifest;
@@ -23,6 +26,7 @@ pub mod restore;
 mod tests;
 pub mod volume;
 
+pub use check::{Checked, Checker};
 pub use keys::{DataKey, FileKeyStore, KeyError, KeyStore, WrappedKey};
 
 /// Where a snapshot's bytes came from.

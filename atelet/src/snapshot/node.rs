@@ -262,6 +262,11 @@ pub struct NodeSnapshots {
 }
 
 impl NodeSnapshots {
+    /// Opens a directory that another process may have open.
+    pub fn beside(root: &Path, threads: usize) -> Self {
+        Self { root: root.to_owned(), threads, pins: Arc::default() }
+    }
+
     /// Opens (and makes) the directory, and finishes removals and gives up fetches that a killed process left.
     ///
     /// # Errors
@@ -506,6 +511,31 @@ impl NodeSnapshots {
     /// # Errors
     /// [`SnapshotError::Corrupt`] naming the first file that is not.
     pub fn verify(&self, snapshot: &NodeSnapshot, node_digest: Option<&str>) -> Result<(), SnapshotError> {
+        let mut local = snapshot.local();
+        self.check(snapshot, node_digest, &mut local)?;
+        local.used_ms = unix_ms();
+        snapshot.set_local(&local);
+        Ok(())
+    }
+
+    /// Like [`NodeSnapshots::verify`], but digests every file and changes nothing.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Corrupt`] naming the first file that is not.
+    pub fn verify_anew(
+        &self,
+        snapshot: &NodeSnapshot,
+        node_digest: Option<&str>,
+    ) -> Result<(), SnapshotError> {
+        self.check(snapshot, node_digest, &mut Local::default())
+    }
+
+    fn check(
+        &self,
+        snapshot: &NodeSnapshot,
+        node_digest: Option<&str>,
+        local: &mut Local,
+    ) -> Result<(), SnapshotError> {
         let corrupt = |file: &str, reason: String| SnapshotError::Corrupt {
             snapshot: snapshot.record.snapshot_id.clone(),
             file: file.to_owned(),
@@ -518,7 +548,6 @@ impl NodeSnapshots {
                 format!("its digest is {}, expected is {expected}", snapshot.node_digest),
             ));
         }
-        let mut local = snapshot.local();
         for file in &snapshot.record.files {
             let path = snapshot.path(file);
             let opened = open_plain(&path).map_err(|error| corrupt(&file.name, error.to_string()))?;
@@ -540,9 +569,21 @@ impl NodeSnapshots {
             }
             local.stats.insert(stat_key(file), stat);
         }
-        local.used_ms = unix_ms();
-        snapshot.set_local(&local);
         Ok(())
+    }
+
+    /// Ids of the actors that have something here, unfinished checkpoints included.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn actors(&self) -> io::Result<Vec<String>> {
+        let mut uids: Vec<String> = list(&self.root)?
+            .into_iter()
+            .filter_map(|dir| dir.file_name().and_then(|name| name.to_str()).map(str::to_owned))
+            .filter(|name| check_name("actor uid", name).is_ok())
+            .collect();
+        uids.sort();
+        Ok(uids)
     }
 
     /// Notes the manifest of an upload.

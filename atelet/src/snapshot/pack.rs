@@ -25,7 +25,7 @@ use super::digest::{Sha, data_extent, sha256};
 use super::manifest::{self, Block, Body, FORMAT_VERSION, Header, MAX_PACKS, Manifest, Pack, Wrapped};
 use super::node::NodeSnapshot;
 use super::restore::Durable;
-use super::{DataKey, KeyError, SnapshotError};
+use super::{DataKey, FileKind, KeyError, SnapshotError};
 use crate::blob::{BlobError, Key, whole};
 
 /// Bytes of an authentication tag.
@@ -424,7 +424,10 @@ impl Durable {
             let mut first_index = 0;
             let mut begun = false;
             for file in &record.files {
-                let block_size = u64::from(file.kind.block_size());
+                let block_size = u64::from(match file.kind {
+                    FileKind::Memory => self.memory_block,
+                    kind => kind.block_size(),
+                });
                 let path = snapshot.path(file);
                 let opened = Arc::new(fs::File::open(&path)?);
                 let mut blocks = Vec::new();

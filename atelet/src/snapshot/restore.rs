@@ -21,7 +21,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use super::manifest::{self, MAX_MANIFEST, Manifest};
 use super::node::{NodeSnapshot, NodeSnapshots, Staging};
 use super::pack::BlockCipher;
-use super::{KeyStore, SnapshotError, Source};
+use super::{FileKind, KeyStore, SnapshotError, Source};
 use crate::blob::{BlobError, BlobStore, Key};
 use crate::durable;
 
@@ -36,6 +36,7 @@ pub struct Durable {
     pub(crate) store: Arc<dyn BlobStore>,
     pub(crate) keys: Arc<dyn KeyStore>,
     pub(crate) threads: usize,
+    pub(crate) memory_block: u32,
 }
 
 /// Which snapshot, as the control plane names it.
@@ -54,24 +55,30 @@ pub struct Wanted {
 }
 
 /// A block and where it goes.
-struct Target {
+pub(super) struct Target {
     file: usize,
     at: u64,
-    plain_len: usize,
-    block: manifest::Block,
+    pub(super) plain_len: usize,
+    pub(super) block: manifest::Block,
 }
 
 /// One range read and what is in it.
-struct Job {
-    pack: u32,
-    range: Range<u64>,
-    targets: Vec<Target>,
+pub(super) struct Job {
+    pub(super) pack: u32,
+    pub(super) range: Range<u64>,
+    pub(super) targets: Vec<Target>,
 }
 
 impl Durable {
     /// Over a store and keys, working on `threads` cores.
     pub fn new(store: Arc<dyn BlobStore>, keys: Arc<dyn KeyStore>, threads: usize) -> Self {
-        Self { store, keys, threads: threads.max(1) }
+        Self { store, keys, threads: threads.max(1), memory_block: FileKind::Memory.block_size() }
+    }
+
+    /// Cuts memory into blocks of this many bytes, a power of two of 4 KiB to 4 MiB; for measurements.
+    #[must_use]
+    pub fn with_memory_block(self, bytes: u32) -> Self {
+        Self { memory_block: bytes, ..self }
     }
 
     /// The blob store.
@@ -130,8 +137,10 @@ impl Durable {
             let directory = manifest::directory(&wanted.actor_uid, 0, &wanted.snapshot_id)?;
             let Some((actor, name)) = directory.rsplit_once('/') else { return Err(missing()) };
             let tail = format!("{}/manifest", &name[1..]);
-            let keys = self.store.list(&Key::new(actor)?).await?;
-            keys.into_iter()
+            let listed = self.store.list(&Key::new(actor)?).await?;
+            listed
+                .into_iter()
+                .map(|listed| listed.key)
                 .find(|key| {
                     key.as_str()[actor.len() + 1..].strip_suffix(&tail).is_some_and(|rest| {
                         !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit())
@@ -216,7 +225,7 @@ impl Durable {
             .map_err(SnapshotError::io(snapshot))
     }
 
-    async fn ciphers(&self, manifest: &Manifest) -> Result<Vec<BlockCipher>, SnapshotError> {
+    pub(super) async fn ciphers(&self, manifest: &Manifest) -> Result<Vec<BlockCipher>, SnapshotError> {
         let atespace = &manifest.header.atespace;
         let mut ciphers = Vec::new();
         for pack in &manifest.header.packs {
@@ -285,7 +294,7 @@ fn create_files(manifest: &Manifest, staging: &Staging) -> io::Result<Vec<fs::Fi
 }
 
 /// Cuts the blocks of a manifest into range reads: in the order of each pack, near ones together.
-fn jobs(manifest: &Manifest) -> Vec<Job> {
+pub(super) fn jobs(manifest: &Manifest) -> Vec<Job> {
     let mut by_pack: BTreeMap<u32, Vec<Target>> = BTreeMap::new();
     for (at, file) in manifest.body.files.iter().enumerate() {
         for block in &file.blocks {

@@ -11,7 +11,7 @@ use super::digest::PIECE;
 use super::manifest::{self, Manifest};
 use super::node::{Draft, NodeSnapshot, NodeSnapshots};
 use super::restore::{Durable, Wanted};
-use super::{DataKey, FileKeyStore, FileKind, KeyError, KeyStore, SnapshotError, Source};
+use super::{Checker, DataKey, FileKeyStore, FileKind, KeyError, KeyStore, SnapshotError, Source};
 use crate::blob::fault::{FaultStore, Faults};
 use crate::blob::{BlobStore, Key, LocalStore, whole};
 use crate::durable::crash::at_every_point;
@@ -25,7 +25,7 @@ struct Bed {
 }
 
 /// Not compressible, and the same for the same seed.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut content = vec![0; length];
     for word in content.chunks_mut(8) {
@@ -39,6 +39,22 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
 
 /// What is written where in a file of a length.
 type Sparse = (u64, Vec<(u64, Vec<u8>)>);
+
+pub(super) fn draft(id: &str, generation: u64) -> Draft {
+    Draft {
+        snapshot_id: id.into(),
+        actor_uid: "u1".into(),
+        generation,
+        time_ms: 1234,
+        memory_bytes: 77,
+        compatibility: Compatibility {
+            sandbox_class: "gvisor".into(),
+            runtime_digest: "aa".into(),
+            images: [("main".to_owned(), "sha256:1".to_owned())].into(),
+            ..Compatibility::default()
+        },
+    }
+}
 
 impl Bed {
     fn new() -> Self {
@@ -58,22 +74,6 @@ impl Bed {
         NodeSnapshots::open(&self.dir.path().join("other"), 2).unwrap()
     }
 
-    fn draft(id: &str, generation: u64) -> Draft {
-        Draft {
-            snapshot_id: id.into(),
-            actor_uid: "u1".into(),
-            generation,
-            time_ms: 1234,
-            memory_bytes: 77,
-            compatibility: Compatibility {
-                sandbox_class: "gvisor".into(),
-                runtime_digest: "aa".into(),
-                images: [("main".to_owned(), "sha256:1".to_owned())].into(),
-                ..Compatibility::default()
-            },
-        }
-    }
-
     fn checkpoint(&self, id: &str, generation: u64, files: &[(&str, FileKind, Sparse)]) -> NodeSnapshot {
         let staging = self.snapshots.stage("u1", id).unwrap();
         let mut described = Vec::new();
@@ -87,7 +87,7 @@ impl Bed {
             }
             described.push((*kind, (*name).to_owned(), *size));
         }
-        self.snapshots.commit(&staging, Self::draft(id, generation), &described).unwrap()
+        self.snapshots.commit(&staging, draft(id, generation), &described).unwrap()
     }
 
     fn simple(&self, id: &str, generation: u64, seed: u64) -> NodeSnapshot {
@@ -416,7 +416,10 @@ async fn another_actors_older_or_newer_manifest_and_another_key_are_refused() {
     std::fs::write(&path, &content).unwrap();
     // Another machine's keys.
     let keys = Arc::new(FileKeyStore::open(&bed.dir.path().join("other-keys")).unwrap());
-    let durable = Durable::new(Arc::clone(&bed.store) as _, keys, 2);
+    let durable = Durable::new(Arc::clone(&bed.store) as _, Arc::clone(&keys) as _, 2);
+    let error = durable.fetch(&node, &Bed::wanted("s1", 1, &first.manifest_digest)).await.unwrap_err();
+    assert!(matches!(error, SnapshotError::Key(KeyError::NoVersion { .. })), "{error}");
+    keys.wrap("blue", "x", &DataKey::random().unwrap()).await.unwrap();
     let error = durable.fetch(&node, &Bed::wanted("s1", 1, &first.manifest_digest)).await.unwrap_err();
     assert!(matches!(error, SnapshotError::Key(KeyError::Mismatch { .. })), "{error}");
     // Not there at all, and a traversal.
@@ -543,7 +546,7 @@ fn what_is_described_must_be_there() {
         let staging = bed.snapshots.stage("u1", "s1").unwrap();
         std::fs::write(staging.files_dir().join("a"), b"x").unwrap();
         let described = [(FileKind::State, name.to_owned(), size)];
-        assert!(bed.snapshots.commit(&staging, Bed::draft("s1", 1), &described).is_err(), "{name} {size}");
+        assert!(bed.snapshots.commit(&staging, draft("s1", 1), &described).is_err(), "{name} {size}");
         staging.discard();
         assert!(list_all(&bed.dir.path().join("node")).is_empty(), "a discarded one left something behind");
     }
@@ -552,7 +555,7 @@ fn what_is_described_must_be_there() {
     std::fs::write(staging.files_dir().join("a"), b"x").unwrap();
     std::fs::write(staging.files_dir().join("scratch"), b"x").unwrap();
     let described = [(FileKind::State, "a".to_owned(), 1)];
-    let made = bed.snapshots.commit(&staging, Bed::draft("s1", 1), &described).unwrap();
+    let made = bed.snapshots.commit(&staging, draft("s1", 1), &described).unwrap();
     assert!(!made.files_dir().join("scratch").exists());
 }
 
@@ -578,7 +581,7 @@ fn a_full_disk_leaves_nothing() {
         size += 4096;
     }
     file.set_len(size).unwrap();
-    let made = snapshots.commit(&staging, Bed::draft("s1", 1), &[(FileKind::State, "a".into(), size)]);
+    let made = snapshots.commit(&staging, draft("s1", 1), &[(FileKind::State, "a".into(), size)]);
     // With it there, nothing else fits.
     let second = snapshots.stage("u1", "s2").map(drop);
     let left = std::fs::read_dir(dir.path().join("node/u1")).unwrap().count();
@@ -632,6 +635,62 @@ async fn deletion_takes_what_it_is_told_and_nothing_else() {
     let left = bed.store.list(&Key::new("actors").unwrap()).await.unwrap();
     assert_eq!(left.len(), 2);
     bed.durable.fetch(&bed.other_node(), &Bed::wanted("s2", 2, &second.manifest_digest)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_check_names_everything_that_is_wrong_and_reads_shared_blocks_once() {
+    let bed = Bed::new();
+    let one = bed.simple("s1", 1, 5);
+    let first = bed.durable.upload(&one, "blue", &[]).await.unwrap();
+    let parent = bed.manifest("s1", 1, &first.manifest_digest).await;
+    let two = bed.simple("s2", 2, 5);
+    let second = bed.durable.upload(&two, "blue", std::slice::from_ref(&parent)).await.unwrap();
+    let all = [
+        (Bed::wanted("s1", 1, &first.manifest_digest), first.packs.clone()),
+        (Bed::wanted("s2", 2, &second.manifest_digest), second.packs.clone()),
+    ];
+    let check = async |quick: bool| {
+        let mut checker = Checker::new(bed.durable.clone(), quick);
+        for (wanted, packs) in &all {
+            checker.durable(wanted, packs).await?;
+        }
+        checker.node(&bed.snapshots, "u1", "s1", &one.node_digest, true).await;
+        Ok::<_, SnapshotError>(checker.finish())
+    };
+    let sound = check(false).await.unwrap();
+    assert_eq!((sound.snapshots, sound.findings), (3, Vec::<String>::new()));
+    let blocks: usize = parent.body.files.iter().map(|file| file.blocks.len()).sum();
+    assert_eq!(sound.blocks, blocks as u64, "the second is all references");
+
+    // A flipped byte: found by reading, once for both; not by a quick look.
+    let pack = bed.blob(&first.packs[0]);
+    let good = std::fs::read(&pack).unwrap();
+    let mut bent = good.clone();
+    *bent.last_mut().unwrap() ^= 1;
+    std::fs::write(&pack, &bent).unwrap();
+    assert_eq!(check(true).await.unwrap().findings, Vec::<String>::new());
+    let found = check(false).await.unwrap().findings;
+    assert!(found.len() == 1 && found[0].contains(&first.packs[0]), "{found:?}");
+    // Truncated, missing, not counted, a damaged manifest, a changed file on the node.
+    std::fs::write(&pack, &good[..good.len() - 1]).unwrap();
+    assert!(check(true).await.unwrap().findings[0].contains("bytes"));
+    std::fs::remove_file(&pack).unwrap();
+    let found = check(false).await.unwrap().findings;
+    assert!(found.len() == 1 && found[0].contains("is not in the blob store"), "{found:?}");
+    std::fs::write(&pack, &good).unwrap();
+    let mut checker = Checker::new(bed.durable.clone(), true);
+    checker.durable(&all[1].0, &[]).await.unwrap();
+    assert!(checker.finish().findings[0].contains("not counted"));
+    std::fs::remove_file(bed.blob("actors/u1/2-s2/manifest")).unwrap();
+    let file = &one.record.files[0];
+    std::fs::write(one.path(file), vec![0; file.size as usize]).unwrap();
+    let found = check(false).await.unwrap().findings;
+    assert!(found.len() == 2 && found[0].contains("s2") && found[1].contains(&file.name), "{found:?}");
+    bed.snapshots.drop_now("u1", "s1").unwrap();
+    assert!(check(true).await.unwrap().findings[1].contains("no durable one"));
+    // A store that does not answer is no finding.
+    bed.store.set(Faults { fail: [("head", 1)].into(), ..Faults::default() });
+    assert!(check(true).await.is_err());
 }
 
 #[test]

@@ -22,12 +22,36 @@ use tonic::transport::{Channel, Endpoint};
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What a whole test may take.
+const LIMIT: Duration = Duration::from_mins(2);
+
+/// Ends the test process when a test takes longer than [`LIMIT`], wherever it hangs: an await, a blocking call,
+/// a runtime's end. The workers' processes end with the machine's groups, which a next run does not share.
+struct Watchdog {
+    _alive: std::sync::mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn start() -> Self {
+        let (alive, ended) = std::sync::mpsc::channel::<()>();
+        let test = std::thread::current().name().unwrap_or("a test").to_owned();
+        std::thread::spawn(move || {
+            if ended.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("{test} did not end within {LIMIT:?}: the test process is ended");
+                std::process::abort();
+            }
+        });
+        Self { _alive: alive }
+    }
+}
+
 /// A machine's directories; what runs on it is killed when it goes.
 pub struct Machine {
     pub dir: tempfile::TempDir,
     pub config: Config,
     /// Layout of the image that templates name.
     pub image: PathBuf,
+    _watchdog: Watchdog,
 }
 
 impl Machine {
@@ -37,6 +61,7 @@ impl Machine {
             eprintln!("skipped: not root, cannot make cgroups and mounts");
             return None;
         }
+        let watchdog = Watchdog::start();
         let dir = tempfile::tempdir().unwrap();
         let stub = std::env::current_exe().unwrap().parent().unwrap().join("../examples/stub-ateom");
         assert!(stub.exists(), "build it: cargo build -p atelet --example stub-ateom");
@@ -56,7 +81,7 @@ impl Machine {
         config.min_free_bytes = 0;
         let layout = dir.path().join("image");
         image(&layout);
-        Some(Self { image: layout, dir, config })
+        Some(Self { image: layout, dir, config, _watchdog: watchdog })
     }
 
     /// Starts an agent in a runtime of its own, so that it can be killed with everything it does. Its control plane
@@ -176,7 +201,8 @@ impl Running {
     /// Ends the agent as a shutdown does; workers stay.
     pub async fn stop(mut self) {
         self.shutdown.cancel();
-        (&mut self.task).await.unwrap().unwrap();
+        let ended = tokio::time::timeout(PATIENCE, &mut self.task).await;
+        ended.expect("the node agent did not stop in time").unwrap().unwrap();
     }
 
     /// Ends it as a kill does.

@@ -177,7 +177,7 @@ impl Checkpoints {
                         actor = %route.key, generation = hold.generation, %reason,
                         "checkpoint.onReply fell back to async"
                     );
-                    self.fell_back(hold, reason.to_string());
+                    self.fell_back(hold, reason.clone());
                     return Ok(false);
                 }
                 Next::Withhold(reason) => {

@@ -7,9 +7,13 @@ pub mod cp;
 pub mod create;
 pub mod describe;
 pub mod exec;
+pub mod fsck;
+pub mod gc;
 pub mod get;
 pub mod logs;
 pub mod request;
+pub mod rotate_key;
+mod stored;
 pub mod verbs;
 pub mod version;
 

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use atelet::blob::BlobUrl;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{DEFAULT_DIR, DEFAULT_RUN_DIR, Up};
@@ -130,6 +131,8 @@ pub struct Node {
     pub name: Option<String>,
     /// Pool of its workers. Default: `default`.
     pub pool: Option<String>,
+    /// Where durable snapshots are: a directory, or `s3://BUCKET[/PREFIX]`. Default: `DIR/blobs`.
+    pub blobs: Option<BlobUrl>,
     /// New work is refused when less is free on the disk, bytes. Default: 536870912.
     pub min_free_bytes: Option<u64>,
     /// Node snapshots kept as cache, bytes. Default: 8589934592.

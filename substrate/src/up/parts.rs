@@ -263,6 +263,7 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
     );
     config.cgroup = cgroup(&settings.dir);
     config.runsc_sha256 = runtime.map(|runtime| runtime.sha256.clone());
+    config.blobs = given.blobs.clone().unwrap_or(config.blobs);
     config.min_free_bytes = given.min_free_bytes.unwrap_or(config.min_free_bytes);
     config.snapshot_cache_bytes = given.snapshot_cache_bytes.unwrap_or(config.snapshot_cache_bytes);
     config.log_max_bytes = given.log_max_bytes.unwrap_or(config.log_max_bytes);

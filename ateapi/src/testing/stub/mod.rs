@@ -107,6 +107,11 @@ impl Blobs {
         lock(&self.0).manifests.keys().cloned().collect()
     }
 
+    /// What `substrate gc` does to an orphan.
+    pub fn delete(&self, manifest: &str) {
+        lock(&self.0).manifests.remove(manifest);
+    }
+
     /// Whether a manifest is there with every pack it names.
     pub fn is_whole(&self, directory: &str) -> bool {
         let shelf = lock(&self.0);

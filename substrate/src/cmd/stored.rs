@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a machine keeps, opened beside a substrate that may be running.
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ateapi::inventory::Inventory;
+use atelet::blob::{self, BlobError, BlobStore, BlobUrl};
+use atelet::snapshot::FileKeyStore;
+use atelet::snapshot::node::NodeSnapshots;
+
+use crate::args::{Place, Up};
+use crate::failure::{Doing as _, Exit, Failure};
+use crate::up::config::{self, Settings};
+
+/// A machine's state.
+pub struct Stored {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Name of its node.
+    pub node: String,
+    /// Where durable snapshots are.
+    pub store: Arc<dyn BlobStore>,
+    /// Snapshots on this machine.
+    pub local: NodeSnapshots,
+}
+
+impl Stored {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When there is none, or its configuration is wrong.
+    pub async fn open(place: &Place) -> Result<Self, Failure> {
+        let file = match &place.config {
+            Some(path) => config::read(path)?,
+            None => config::File::default(),
+        };
+        let cwd = std::env::current_dir().doing(|| "cannot tell the working directory".to_owned())?;
+        let options = Up { dir: place.dir.clone(), ..Up::default() };
+        let Settings { dir, file, .. } = Settings::resolve(&options, file, 1, &cwd)?;
+        if !dir.join("control/state.db").exists() {
+            let message = format!("{} holds no state of substrate", dir.display());
+            return Err(Failure::new(Exit::NotFound, message).with_way_out("name its directory with --dir"));
+        }
+        let url = file.node.blobs.clone().unwrap_or_else(|| BlobUrl::Local(dir.join("blobs")));
+        let store = blob::open(&url, false).await.map_err(|error| failed(&error))?;
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let local = NodeSnapshots::beside(&dir.join("node/snapshots"), threads);
+        let node = file.node.name.unwrap_or_else(|| "local".to_owned());
+        Ok(Self { dir, node, store, local })
+    }
+
+    /// The keys of its snapshots.
+    ///
+    /// # Errors
+    /// When there are none: opening would make some, and hide that they are lost.
+    pub fn keys(&self) -> Result<FileKeyStore, Failure> {
+        let dir = self.dir.join("keys");
+        if !dir.join("master.key").exists() {
+            return Err(Failure::general(format!(
+                "{} has no master.key: nothing can be opened",
+                dir.display()
+            ))
+            .with_way_out("restore the directory from its backup"));
+        }
+        FileKeyStore::open(&dir).doing(|| "cannot open the keys".to_owned())
+    }
+
+    /// What the database says now.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn inventory(&self) -> Result<Inventory, Failure> {
+        Inventory::read(&self.dir.join("control/state.db"))
+            .await
+            .map_err(|error| Failure::general(error.to_string()))
+    }
+}
+
+/// An error of the blob store as the end of a command.
+pub fn failed(error: &BlobError) -> Failure {
+    let exit = if matches!(error, BlobError::Unavailable { .. }) { Exit::Unavailable } else { Exit::Failed };
+    Failure::new(exit, error.to_string())
+}
