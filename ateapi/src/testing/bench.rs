@@ -15,11 +15,12 @@ use futures::StreamExt as _;
 use substrate_proto::types;
 
 use super::stub::{Blobs, Stub, StubNode};
-use crate::engine::{Engine, Settings, Verb};
-use crate::model::{Actor, ActorUid, NodeName, SnapshotId, Stored as _};
+use crate::engine::{Engine, Settings, Verb, lock};
+use crate::model::{Actor, ActorUid, NodeName, SnapshotId, State, Stored as _};
 use crate::node::SharedNode;
+use crate::schedule::Need;
 use crate::secrets::Sealer;
-use crate::store::{self, Expect, SharedStore, SqliteStore, Tx};
+use crate::store::{self, Expect, Kind, Query, SharedStore, SqliteStore, Tx};
 use crate::workflow::NoFaults;
 use crate::{Clock, SystemClock};
 
@@ -175,6 +176,28 @@ impl Plane {
         Ok(took)
     }
 
+    /// A page of 100 of the sleeping, from anywhere; and the choice of a worker: ms of each try.
+    async fn look(&self, tries: usize) -> Result<(Vec<f64>, Vec<f64>), Failed> {
+        let (mut pages, mut picks) = (Vec::new(), Vec::new());
+        for number in 0..tries {
+            let mut query = Query::all(Kind::Actor);
+            query.limit = 100;
+            query.states = vec![State::Suspended.to_proto() as i64];
+            query.after = Some(("space".into(), format!("actor-{number}")));
+            let begun = Instant::now();
+            let page: Vec<Actor> = store::list(&*self.store, &query).await?;
+            pages.push(begun.elapsed().as_secs_f64() * 1_000.0);
+            if page.len() != 100 {
+                return Err(format!("a page has {} actors", page.len()).into());
+            }
+            let need = Need { pool: "default", class: "gvisor", snapshot: None, only: None, prefer: &[] };
+            let begun = Instant::now();
+            lock(&self.engine.pool).pick(&need)?;
+            picks.push(begun.elapsed().as_secs_f64() * 1_000.0);
+        }
+        Ok((pages, picks))
+    }
+
     async fn end(self) {
         self.engine.stop().await;
         self.store.close().await;
@@ -301,6 +324,7 @@ pub async fn run(dir: &Path, options: Options) -> Result<serde_json::Value, Fail
         own.extend(few.wake_paced(per_second / 2.0).await?.iter().map(|took| took.as_secs_f64() * 1_000.0));
         few.put_to_sleep().await?;
     }
+    let (pages, picks) = large.look(500).await?;
     few.end().await;
     large.end().await;
     floor.store.close().await;
@@ -311,6 +335,8 @@ pub async fn run(dir: &Path, options: Options) -> Result<serde_json::Value, Fail
         "own_p99_ms": quantile(&own, 0.99),
         "own_p50_ms": median(&own),
         "cost_ratio_100k": median(&costs),
+        "list_p99_ms": quantile(&pages, 0.99),
+        "pick_p99_ms": quantile(&picks, 0.99),
         "memory_of_100k_mib": grown,
         "actors": many,
         "writers": writers,

@@ -344,11 +344,11 @@ async fn every_fault_is_stood_or_said(server: SocketAddr, between: SocketAddr, f
     }
 
     // Silence ends with the attempt's limit.
-    let hasty = Patience { attempts: 2, attempt: Duration::from_secs(2), ..patience() };
+    let hasty = Patience { attempts: 3, attempt: Duration::from_secs(3), ..patience() };
     let hasty = S3Store::with(&url(between, "faults"), &sdk("test", "secret"), hasty);
     faults.push("GET", [Fault::Silence]);
     assert_eq!(hasty.get(&two, 0..1).await.unwrap(), "x");
-    faults.push("GET", [Fault::Silence, Fault::Silence]);
+    faults.push("GET", [Fault::Silence, Fault::Silence, Fault::Silence]);
     let error = hasty.get(&two, 0..1).await.unwrap_err();
     assert!(matches!(error, BlobError::Unavailable { .. }), "{error}");
 
