@@ -275,6 +275,28 @@ async fn a_bucket_conforms_and_stands_a_bad_network() {
     limited(Box::pin(what_is_set_up_wrongly_is_refused(server.address, between, &faults))).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_ends_with_the_attempts_limit() {
+    let Some(server) = serve().await else { return };
+    let faults = Faults::default();
+    let between = proxy(server.address, faults.clone()).await;
+    let direct = store(server.address, "faults");
+    let two = key("actors/u/1-s/two");
+    direct.put(&two, whole("x")).await.unwrap();
+    let hasty = Patience { attempts: 3, attempt: Duration::from_secs(3), ..patience() };
+    let hasty = S3Store::with(&url(between, "faults"), &sdk("test", "secret"), hasty);
+    faults.push("GET", [Fault::Silence]);
+    assert_eq!(hasty.get(&two, 0..1).await.unwrap(), "x");
+    faults.push("GET", [Fault::Silence, Fault::Silence, Fault::Silence]);
+    let error = hasty.get(&two, 0..1).await.unwrap_err();
+    assert!(matches!(error, BlobError::Unavailable { .. }), "{error}");
+
+    // What the bucket lost is missing, not unreachable.
+    direct.delete(&two).await.unwrap();
+    let answer = hasty.get(&two, 0..1).await;
+    assert!(matches!(answer, Err(BlobError::NotFound { .. })), "{answer:?}");
+}
+
 async fn every_fault_is_stood_or_said(server: SocketAddr, between: SocketAddr, faults: &Faults) {
     let (direct, store) = (store(server, "faults"), store(between, "faults"));
     let fail = Fault::Status(500, "InternalError");
@@ -342,19 +364,6 @@ async fn every_fault_is_stood_or_said(server: SocketAddr, between: SocketAddr, f
         assert!(error.contains(words), "{error}");
         faults.queue().clear();
     }
-
-    // Silence ends with the attempt's limit.
-    let hasty = Patience { attempts: 3, attempt: Duration::from_secs(3), ..patience() };
-    let hasty = S3Store::with(&url(between, "faults"), &sdk("test", "secret"), hasty);
-    faults.push("GET", [Fault::Silence]);
-    assert_eq!(hasty.get(&two, 0..1).await.unwrap(), "x");
-    faults.push("GET", [Fault::Silence, Fault::Silence, Fault::Silence]);
-    let error = hasty.get(&two, 0..1).await.unwrap_err();
-    assert!(matches!(error, BlobError::Unavailable { .. }), "{error}");
-
-    // What the bucket lost is missing, not unreachable.
-    direct.delete(&two).await.unwrap();
-    assert!(matches!(store.get(&two, 0..1).await, Err(BlobError::NotFound { .. })));
 }
 
 async fn what_is_set_up_wrongly_is_refused(server: SocketAddr, between: SocketAddr, faults: &Faults) {
