@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What begins and ends without a driver: atespaces and actors' first records. Templates are next door.
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use substrate_proto::types;
 
 use super::{CallError, Engine, RequestKey, Verb};
-use crate::model::{Actor, ActorUid, Atespace, Generation, Quota, State, Stored as _, Template};
+use crate::model::{Actor, ActorUid, Atespace, Quota, Stored as _, Template};
 use crate::retention::DEFAULT_KEEP_LAST;
 use crate::state;
 use crate::store::{self, Check, Expect, Kind, RequestRecord, StoreError, Tx, UsageChange};
@@ -111,11 +111,9 @@ impl Engine {
             file.content.clear();
         }
         let actor = Actor {
-            uid: uid.clone(),
             atespace: atespace.to_owned(),
             name: name.to_owned(),
             spec: shown,
-            template_uid: template.uid.clone(),
             class: class_of(&template.spec),
             pool: template.spec.worker_pool.clone(),
             ports: template.ports.clone(),
@@ -129,30 +127,7 @@ impl Engine {
                 .unwrap_or(DEFAULT_KEEP_LAST),
             holds_identity: template.spec.holds_identity,
             idle: template.spec.idle.clone().unwrap_or_default(),
-            egress: None,
-            egress_revision: 1,
-            egress_names: BTreeMap::new(),
-            state: State::New,
-            reason: String::new(),
-            message: String::new(),
-            state_since_ms: now,
-            created_ms: now,
-            generation: Generation(0),
-            placement: None,
-            ingress_endpoint: String::new(),
-            snapshots: Vec::new(),
-            last: None,
-            exit: None,
-            suspended_by: String::new(),
-            progress_step: String::new(),
-            progress_percent: 0,
-            work: None,
-            nodes: BTreeSet::new(),
-            promote_at_ms: 0,
-            clone: false,
-            golden: None,
-            boots_cold: false,
-            revision: 0,
+            ..Actor::fresh(uid.clone(), template.uid.clone(), now)
         };
         let mut tx = Tx {
             checks: vec![

@@ -27,10 +27,8 @@ use substrate_proto::{ateapi, atelet, types};
 use super::create::class_of;
 use super::{CallError, Engine, Verb, lock};
 use crate::model::{
-    Actor, ActorUid, EventDraft, Generation, GoldenMaker, Snapshot, SnapshotId, State, Stored as _, Template,
-    TemplateUid,
+    Actor, ActorUid, EventDraft, GoldenMaker, Snapshot, SnapshotId, State, Stored as _, Template, TemplateUid,
 };
-use crate::retention;
 use crate::store::{self, Expect, Kind, Query, StoreError, Tx};
 use crate::workflow;
 
@@ -96,41 +94,14 @@ fn maker(template: &Template, runtime_digest: &str, now: i64) -> Actor {
     let uid = maker_uid(&template.uid, runtime_digest);
     Actor {
         name: uid.as_str().trim_start_matches('_').to_owned(),
-        uid,
         atespace: template.atespace.clone(),
         spec: types::ActorSpec { template: template.name.clone(), ..Default::default() },
-        template_uid: template.uid.clone(),
         class: class_of(&template.spec),
         pool: template.spec.worker_pool.clone(),
         ports: template.ports.clone(),
-        checkpoint: types::CheckpointPolicy::default(),
-        keep_last: retention::DEFAULT_KEEP_LAST,
-        holds_identity: false,
         idle: types::IdlePolicy { suspend_after: "never".to_owned(), ..Default::default() },
-        egress: None,
-        egress_revision: 1,
-        egress_names: BTreeMap::new(),
-        state: State::New,
-        reason: String::new(),
-        message: String::new(),
-        state_since_ms: now,
-        created_ms: now,
-        generation: Generation(0),
-        placement: None,
-        ingress_endpoint: String::new(),
-        snapshots: Vec::new(),
-        last: None,
-        exit: None,
-        suspended_by: String::new(),
-        progress_step: String::new(),
-        progress_percent: 0,
-        work: None,
-        nodes: std::collections::BTreeSet::new(),
-        promote_at_ms: 0,
-        clone: false,
         golden: Some(GoldenMaker { runtime_digest: runtime_digest.to_owned() }),
-        boots_cold: false,
-        revision: 0,
+        ..Actor::fresh(uid, template.uid.clone(), now)
     }
 }
 

@@ -12,9 +12,12 @@ mod crash_tests;
 mod create;
 mod driver;
 mod error;
+mod fork;
 mod golden;
 #[cfg(test)]
 mod golden_tests;
+#[cfg(test)]
+mod loss_tests;
 mod lost;
 #[cfg(test)]
 mod policy_tests;

@@ -359,6 +359,50 @@ pub struct Actor {
 }
 
 impl Actor {
+    /// A NEW actor with nothing behind it and no wishes of its own: what its maker knows goes on top.
+    pub fn fresh(uid: ActorUid, template_uid: TemplateUid, now_ms: i64) -> Self {
+        Self {
+            uid,
+            atespace: String::new(),
+            name: String::new(),
+            spec: types::ActorSpec::default(),
+            template_uid,
+            class: String::new(),
+            pool: String::new(),
+            ports: Vec::new(),
+            checkpoint: types::CheckpointPolicy::default(),
+            keep_last: crate::retention::DEFAULT_KEEP_LAST,
+            holds_identity: false,
+            idle: types::IdlePolicy::default(),
+            egress: None,
+            egress_revision: 1,
+            egress_names: BTreeMap::new(),
+            state: State::New,
+            reason: String::new(),
+            message: String::new(),
+            state_since_ms: now_ms,
+            created_ms: now_ms,
+            generation: Generation(0),
+            placement: None,
+            ingress_endpoint: String::new(),
+            snapshots: Vec::new(),
+            last: None,
+            exit: None,
+            suspended_by: String::new(),
+            progress_step: String::new(),
+            progress_percent: 0,
+            work: None,
+            nodes: BTreeSet::new(),
+            promote_at_ms: 0,
+            clone: false,
+            golden: None,
+            boots_cold: false,
+            revision: 0,
+        }
+    }
+}
+
+impl Actor {
     /// A snapshot by id.
     pub fn snapshot(&self, id: &SnapshotId) -> Option<&Snapshot> {
         self.snapshots.iter().find(|snapshot| snapshot.id == *id)

@@ -1,50 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Records to begin with.
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use substrate_proto::types;
 
-use crate::model::{Actor, Generation, Snapshot, SnapshotId, State};
+use crate::model::{Actor, Generation, Snapshot, SnapshotId};
 
 /// A new actor.
 pub fn actor() -> Actor {
     Actor {
-        uid: "u-1".into(),
         atespace: "space".into(),
         name: "alice".into(),
         spec: types::ActorSpec { template: "t".into(), ..Default::default() },
-        template_uid: "t-1".into(),
         class: "gvisor".into(),
-        pool: String::new(),
         ports: vec![8080],
-        checkpoint: types::CheckpointPolicy::default(),
         keep_last: 2,
-        holds_identity: false,
-        idle: types::IdlePolicy::default(),
-        egress: None,
-        egress_revision: 1,
-        egress_names: BTreeMap::new(),
-        state: State::New,
-        reason: String::new(),
-        message: String::new(),
-        state_since_ms: 0,
-        created_ms: 0,
-        generation: Generation(0),
-        placement: None,
-        ingress_endpoint: String::new(),
-        snapshots: Vec::new(),
-        last: None,
-        exit: None,
-        suspended_by: String::new(),
-        progress_step: String::new(),
-        progress_percent: 0,
-        work: None,
-        nodes: BTreeSet::new(),
-        promote_at_ms: 0,
-        clone: false,
-        golden: None,
-        boots_cold: false,
-        revision: 0,
+        ..Actor::fresh("u-1".into(), "t-1".into(), 0)
     }
 }
 

@@ -345,17 +345,20 @@ impl StubNode {
         });
     }
 
+    /// Empties the slot that runs an actor.
+    fn take(&self, uid: &str) -> (String, Option<types::Assignment>) {
+        let mut inner = self.lock();
+        let (id, slot) = inner
+            .slots
+            .iter_mut()
+            .find(|(_, slot)| slot.copy.as_ref().is_some_and(|copy| copy.assignment.actor_uid == uid))
+            .expect("the actor runs here");
+        (id.clone(), slot.copy.take().map(|copy| copy.assignment))
+    }
+
     /// The worker dies with what it runs; the node fences it and starts it again.
     pub fn kill_worker_of(&self, uid: &str) {
-        let (id, assignment) = {
-            let mut inner = self.lock();
-            let (id, slot) = inner
-                .slots
-                .iter_mut()
-                .find(|(_, slot)| slot.copy.as_ref().is_some_and(|copy| copy.assignment.actor_uid == uid))
-                .expect("the actor runs here");
-            (id.clone(), slot.copy.take().map(|copy| copy.assignment))
-        };
+        let (id, assignment) = self.take(uid);
         self.say(Said::Lost(atelet::WorkerLost {
             worker_id: id.clone(),
             assignment,
@@ -366,15 +369,7 @@ impl StubNode {
 
     /// The workload ends by itself.
     pub fn exit(&self, uid: &str, code: i32) {
-        let (id, assignment) = {
-            let mut inner = self.lock();
-            let (id, slot) = inner
-                .slots
-                .iter_mut()
-                .find(|(_, slot)| slot.copy.as_ref().is_some_and(|copy| copy.assignment.actor_uid == uid))
-                .expect("the actor runs here");
-            (id.clone(), slot.copy.take().map(|copy| copy.assignment))
-        };
+        let (id, assignment) = self.take(uid);
         let exit = Some(types::ExitStatus { container: "main".into(), code, signal: 0, time_ms: 1 });
         self.say(Said::Exited(atelet::Exited { assignment, exit }));
         self.report(&id);
