@@ -45,7 +45,8 @@ const UPKEEP: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long a worker may take to end.
 const WORKER_END: Duration = Duration::from_secs(30);
-/// How long a task of this process may take to end at a shutdown: longer than a worker's fencing.
+/// How long a task of this process may take to end at a shutdown. One that still fences a worker is abandoned: the next
+/// start fences it again.
 const TASK_END: Duration = Duration::from_secs(20);
 /// How long an ateom may take to say what its slot holds.
 const ANSWER: Duration = Duration::from_secs(10);

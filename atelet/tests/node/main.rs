@@ -452,6 +452,26 @@ async fn a_checkpoint_survives_the_end_of_the_agent() {
     }
 }
 
+/// P1, P4: a loss is reported with what the status shows, so nothing counts as started before the status shows it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_dies_between_its_answer_and_its_status_fails_the_start() {
+    let Some(machine) = Machine::new(1) else { return };
+    let mut node = machine.start(&[]).await;
+    node.session.all_up(1).await;
+    std::fs::write(machine.knob("w1", "dies-unseen"), b"").unwrap();
+    let own = assignment("u1", 1, "w1");
+    node.session.name(&own);
+    let error = node.client.activate(machine.activate(&own)).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::Internal, "WORKER_LOST"), "{error}");
+    assert!(error.message().contains("exit status: 1"), "{error}");
+    // Another attempt finds a worker that serves.
+    std::fs::remove_file(machine.knob("w1", "dies-unseen")).unwrap();
+    let next = assignment("u1", 2, "w1");
+    node.session.name(&next);
+    node.client.activate(machine.activate(&next)).await.unwrap();
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_cannot_start_says_why_and_holds_nobody_up() {
     let Some(mut machine) = Machine::new(1) else { return };

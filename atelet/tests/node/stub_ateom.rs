@@ -95,6 +95,14 @@ impl Stub {
         let child = Command::new("/bin/sleep").arg("3600").spawn()?;
         group.add(child.id()).map_err(|error| Status::internal(error.to_string()))?;
         *lock(&self.actor) = Some(Actor { assignment, nonce, child });
+        if self.state.join("dies-unseen").exists() {
+            // Its answer goes out, its status does not.
+            tokio::spawn(async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                std::process::exit(1);
+            });
+            return Ok(());
+        }
         self.set(Phase::Starting, None);
         self.while_there("run-hangs").await;
         if self.state.join("run-fails").exists() {
