@@ -183,6 +183,11 @@ pub enum NodeError {
         /// For machines.
         metadata: HashMap<String, String>,
     },
+    /// Sent in a session that is over, or before this one has begun here.
+    #[error(
+        "the start was sent in another session of the control plane than the one that stands; call again"
+    )]
+    OtherSession,
     /// The worker died under the call and is fenced.
     #[error("worker {worker} was lost during {during}: {reason}")]
     WorkerLost {
@@ -234,6 +239,7 @@ impl NodeError {
             Self::Key(_) => (Code::Internal, "KEY"),
             Self::Image { source, .. } => image_code(source),
             Self::Ateom { code, reason, .. } => (*code, reason),
+            Self::OtherSession => (Code::Unavailable, "OTHER_SESSION"),
             Self::WorkerLost { .. } => (Code::Internal, "WORKER_LOST"),
             Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 (Code::ResourceExhausted, "DISK_FULL")

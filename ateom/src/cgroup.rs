@@ -464,6 +464,23 @@ impl Cgroup {
         Ok(())
     }
 
+    /// How the group fares against its siblings when processors are short: as any other, or in the background, where
+    /// it gets a sixteenth of that. Without a cpu controller this does nothing.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn set_background(&self, background: bool) -> Result<()> {
+        // Defaults of the kernel's cgroup-v2.rst and sched-design-CFS.rst.
+        let (weight, shares) = if background { ("6", "64") } else { ("100", "1024") };
+        if let Some(path) = self.unified().map(|path| path.join("cpu.weight")).filter(|path| path.exists()) {
+            write(&path, weight)
+        } else if let Some(path) = self.v1("cpu") {
+            write(&path.join("cpu.shares"), shares)
+        } else {
+            Ok(())
+        }
+    }
+
     /// What the group uses now; a group that does not exist uses nothing.
     pub fn stats(&self) -> CgroupStats {
         let text = |path: Option<PathBuf>, file: &str| {
@@ -689,6 +706,18 @@ mod tests {
             let path = group.v1("memory").unwrap();
             assert_eq!(read(&path.join("memory.limit_in_bytes")).unwrap().trim(), (64 << 20).to_string());
         }
+        let share = || {
+            let v2 = group.unified().map(|path| path.join("cpu.weight")).filter(|path| path.exists());
+            read(&v2.or_else(|| Some(group.v1("cpu")?.join("cpu.shares"))).unwrap())
+                .unwrap()
+                .trim()
+                .to_owned()
+        };
+        let usual = share();
+        group.set_background(true).unwrap();
+        assert_ne!(share(), usual);
+        group.set_background(false).unwrap();
+        assert_eq!(share(), usual);
         group.kill_and_wait_empty(Duration::from_secs(5)).unwrap();
         child.wait().unwrap();
         group.remove().unwrap();

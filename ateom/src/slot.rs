@@ -294,6 +294,8 @@ impl Task {
         }
         self.preparing = true;
         self.state.prepared = false;
+        // What nobody waits for yet must not slow down an actor that wakes up elsewhere on this machine.
+        self.set_background(self.pending.is_none());
         let number = self.next_number;
         self.next_number += 1;
         let (config, old, internal) =
@@ -303,6 +305,12 @@ impl Task {
             // The slot's task outlives its work.
             drop(internal.send(Internal::Prepared(number, result)).await);
         });
+    }
+
+    fn set_background(&self, background: bool) {
+        if let Err(error) = self.config.cgroup.set_background(background) {
+            tracing::warn!(%error, background, "cannot set the worker's share of the processors");
+        }
     }
 
     fn note_prepared(&mut self, number: u64, result: Result<Activation, String>) {
@@ -363,6 +371,7 @@ impl Task {
             Ok(Start::Begin) => {
                 self.start_waiters.push(reply);
                 self.last_checkpoint = None;
+                self.set_background(false);
                 self.config.occupancy.enter(request.assignment.clone(), request.spec.ingress_port);
                 if let Some(activation) = self.prepared.take() {
                     self.launch(activation, *request);

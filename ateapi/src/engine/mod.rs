@@ -193,6 +193,8 @@ pub(crate) struct NodeHandle {
     pub(crate) name: NodeName,
     pub(crate) client: SharedNode,
     pub(crate) link: Signal<Link>,
+    /// What its latest session is called; starts that are sent name it.
+    pub(crate) session: Mutex<String>,
     /// On the engine's clock: nothing that was granted reaches beyond it.
     pub(crate) lease_until: Mutex<Duration>,
     /// Tells the session that the lease moved.
@@ -290,6 +292,7 @@ impl Engine {
                 client,
                 link: Signal::new(Link::Down),
                 lease_until: Mutex::new(until),
+                session: Mutex::default(),
                 lease_moved: Notify::new(),
             };
             handles.insert(name, Arc::new(handle));

@@ -120,6 +120,7 @@ async fn converse(engine: &Arc<Engine>, node: &Arc<NodeHandle>, pause: &mut Dura
     };
     let (say, requests) = mpsc::channel(16);
     let hello = atelet::SessionHello { controller: crate::model::ids::uuid(&*engine.clock) };
+    lock(&node.session).clone_from(&hello.controller);
     // A fresh channel has room.
     let _ = say.try_send(atelet::SessionRequest { request: Some(Say::Hello(hello)) });
     let mut events = match node.client.session(requests).await {

@@ -2,9 +2,10 @@
 //! Workers and who holds them; the pick of a free one.
 //!
 //! Free workers are indexed by what they offer: (pool, class, runtime digest, architecture, CPU features, facts). A
-//! machine park has few distinct offers and many workers, so a pick looks at each fitting offer once and takes the
-//! first worker of a preferred node, or of any: O(offers + log workers). A worker is free when it is alive, not
-//! cordoned, empty as its node reported, and assigned to nobody by our own books.
+//! machine park has few distinct offers and many workers, so a pick looks at each fitting offer and takes the first
+//! worker of a preferred node, or of any, one with a sandbox prepared before one that is still at it: O(offers × log
+//! workers). A worker is free when it is alive, not cordoned, empty as its node reported, and assigned to nobody by our
+//! own books.
 use std::collections::{BTreeMap, BTreeSet};
 
 use substrate_proto::types::{Assignment, Compatibility};
@@ -44,6 +45,8 @@ pub struct Worker {
     pub record: WorkerRecord,
     /// As its node last reported it.
     pub phase: ateom::slot_status::Phase,
+    /// Its next sandbox is there.
+    prepared: bool,
     /// Pid of its ateom.
     pub pid: u32,
     offer: Offer,
@@ -57,6 +60,10 @@ impl Worker {
             && self.record.actor.is_none()
             && self.reported
             && self.phase == ateom::slot_status::Phase::Empty
+    }
+
+    fn place(&self) -> Place {
+        (!self.prepared, self.record.node.clone(), self.record.id.clone())
     }
 }
 
@@ -87,11 +94,15 @@ pub enum NoWorker {
     None(String),
 }
 
+/// Where a free worker is listed: prepared ones first.
+type Place = (Unprepared, NodeName, WorkerId);
+type Unprepared = bool;
+
 /// All workers. Owned by one lock; every method is short.
 #[derive(Debug, Default)]
 pub struct Pool {
     workers: BTreeMap<WorkerId, Worker>,
-    free: BTreeMap<Offer, BTreeSet<(NodeName, WorkerId)>>,
+    free: BTreeMap<Offer, BTreeSet<Place>>,
     by_node: BTreeMap<NodeName, BTreeSet<WorkerId>>,
 }
 
@@ -115,7 +126,10 @@ impl Pool {
             ..record
         };
         let phase = ateom::slot_status::Phase::Unspecified;
-        self.workers.insert(record.id.clone(), Worker { record, phase, pid: 0, offer, reported: false });
+        self.workers.insert(
+            record.id.clone(),
+            Worker { record, phase, prepared: false, pid: 0, offer, reported: false },
+        );
     }
 
     /// Takes in a node's report; true when something that is persisted changed.
@@ -170,7 +184,8 @@ impl Pool {
             cpu_features: capabilities.cpu_features.into_iter().collect(),
             facts: capabilities.facts,
         };
-        let worker = Worker { record, phase: slot.phase(), pid: slot.pid, offer, reported: true };
+        let (phase, prepared, pid) = (slot.phase(), slot.prepared, slot.pid);
+        let worker = Worker { record, phase, prepared, pid, offer, reported: true };
         self.by_node.entry(node.clone()).or_default().insert(id.clone());
         self.workers.insert(id.clone(), worker);
         self.list(&id);
@@ -188,7 +203,7 @@ impl Pool {
         if let Some(worker) = self.workers.get(id)
             && let Some(free) = self.free.get_mut(&worker.offer)
         {
-            free.remove(&(worker.record.node.clone(), id.clone()));
+            free.remove(&worker.place());
             if free.is_empty() {
                 self.free.remove(&worker.offer);
             }
@@ -197,10 +212,7 @@ impl Pool {
 
     fn list(&mut self, id: &WorkerId) {
         if let Some(worker) = self.workers.get(id).filter(|worker| worker.is_free()) {
-            self.free
-                .entry(worker.offer.clone())
-                .or_default()
-                .insert((worker.record.node.clone(), id.clone()));
+            self.free.entry(worker.offer.clone()).or_default().insert(worker.place());
         }
     }
 
@@ -257,6 +269,7 @@ impl Pool {
             worker.record.actor = None;
             worker.record.atespace.clear();
             worker.record.actor_name.clear();
+            worker.prepared = false;
             if empty {
                 worker.phase = ateom::slot_status::Phase::Empty;
             }
@@ -327,6 +340,7 @@ impl Pool {
                 },
                 record,
                 phase: ateom::slot_status::Phase::Unspecified,
+                prepared: false,
                 pid: 0,
                 reported: false,
             },
@@ -395,11 +409,10 @@ impl Pool {
             .map(|(_, workers)| workers)
             .collect();
         let on = |node: &NodeName| {
-            fitting.iter().find_map(|workers| {
-                workers
-                    .range((node.clone(), WorkerId(String::new()))..)
-                    .next()
-                    .filter(|(found, _)| found == node)
+            [false, true].into_iter().find_map(|unprepared| {
+                let from = (unprepared, node.clone(), WorkerId(String::new()));
+                let first = fitting.iter().filter_map(|workers| workers.range(&from..).next());
+                first.filter(|(is, found, _)| *is == unprepared && found == node).min()
             })
         };
         let picked = match need.only {
@@ -411,7 +424,7 @@ impl Pool {
                 .or_else(|| fitting.iter().filter_map(|workers| workers.first()).min()),
         };
         picked
-            .map(|(node, worker)| (worker.clone(), node.clone()))
+            .map(|(_, node, worker)| (worker.clone(), node.clone()))
             .ok_or_else(|| self.explain(need, pool, class))
     }
 

@@ -52,6 +52,29 @@ fn a_pick_prefers_the_node_that_has_it_and_obeys_the_only_one() {
 }
 
 #[test]
+fn a_worker_that_is_prepared_comes_before_one_that_is_not_but_after_the_node_that_has_it() {
+    let (one, two) = nodes();
+    let mut pool = Pool::default();
+    let prepared = |id: &str| {
+        let mut report = worker(id, "d", &[], Phase::Empty);
+        report.slot.as_mut().unwrap().prepared = true;
+        report
+    };
+    pool.report(&one, &worker("a", "d", &[], Phase::Empty));
+    pool.report(&two, &prepared("b"));
+    pool.report(&two, &prepared("c"));
+    let pick = |pool: &Pool, prefer: &[NodeName]| pool.pick(&need(None, None, prefer)).unwrap().0;
+    assert_eq!(pick(&pool, &[]).as_str(), "b");
+    assert_eq!(pick(&pool, std::slice::from_ref(&one)).as_str(), "a");
+    // Freed, it prepares its next sandbox first.
+    pool.assign(&two, &assignment("u", 1, "b"));
+    pool.free(&"b".into(), &"u".into(), Generation(1), true);
+    assert_eq!(pick(&pool, std::slice::from_ref(&two)).as_str(), "c");
+    pool.report(&one, &prepared("a"));
+    assert_eq!(pick(&pool, &[]).as_str(), "a");
+}
+
+#[test]
 fn a_snapshot_goes_only_where_it_can_be_restored() {
     let (one, two) = nodes();
     let mut pool = Pool::default();
@@ -160,7 +183,7 @@ proptest! {
             let free: BTreeSet<_> =
                 pool.workers.values().filter(|w| w.is_free()).map(|w| w.record.id.clone()).collect();
             let listed: Vec<_> =
-                pool.free.values().flatten().map(|(_, id)| id.clone()).collect();
+                pool.free.values().flatten().map(|(_, _, id)| id.clone()).collect();
             prop_assert_eq!(listed.len(), free.len());
             prop_assert!(listed.iter().all(|id| free.contains(id)));
             match pool.pick(&need(None, None, &[])) {

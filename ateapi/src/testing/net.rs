@@ -145,8 +145,9 @@ impl NodeClient for Far {
             return Err(unavailable());
         }
         let (say, heard) = mpsc::channel(64);
-        let said = Stub(Arc::clone(&self.0.node)).session(heard).await?;
+        // The hello is on its way before the node answers.
         tokio::spawn(Arc::clone(&self.0).pump(ReceiverStream::new(requests), say));
+        let said = Stub(Arc::clone(&self.0.node)).session(heard).await?;
         let (tell, told) = mpsc::channel(64);
         tokio::spawn(Arc::clone(&self.0).pump(said, tell));
         Ok(ReceiverStream::new(told).boxed())

@@ -13,7 +13,7 @@ use substrate_proto::{ateapi, atelet, ateom, types};
 use tonic::Status;
 
 use super::{FaultPoint, Injected, StepName, When};
-use crate::engine::{Command, Engine, NodeHandle};
+use crate::engine::{Command, Engine, NodeHandle, lock};
 use crate::model::{Actor, Generation, NodeName, Snapshot, SnapshotId, Template, Work};
 use crate::node::{Fault, SharedNode, classify};
 use crate::state::{Event, Failure, FailureKind, Manifest};
@@ -164,7 +164,8 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
         }
         request.lease_term_ms = engine.lease_for_activation(&node);
         insist(&engine, &node, StepName::Activate, Some(ACTIVATE_ATTEMPTS), |client| {
-            let request = request.clone();
+            let session = lock(&node.session).clone();
+            let request = atelet::ActivateRequest { session, ..request.clone() };
             async move { client.activate(request).await }
         })
         .await
@@ -307,6 +308,8 @@ async fn request(
         keep_volumes,
         clone: actor.clone,
         assignment: Some(assignment),
+        // Of the moment when it is sent.
+        session: String::new(),
     })
 }
 

@@ -2,7 +2,7 @@
 //! Activate and Release: putting an actor on a worker and taking it off.
 //!
 //! ```text
-//! Activate ─ valid? newest? ─▶ task of (uid, generation), joined by retries
+//! Activate ─ valid? of this session? newest? ─▶ task of (uid, generation), joined by retries
 //!   ─▶ worker up, slot free; lower generations of the actor ended wherever they are
 //!   ─▶ images ∥ snapshot files, each local and verified
 //!   ─▶ /run/ate, files, volumes ─▶ sandbox resolved ─▶ one of the few starts at a time ─▶ lease
@@ -99,6 +99,9 @@ impl Node {
         let actor = request.actor.clone().unwrap_or_default();
         resolve::validate(&assignment, &template, &actor)?;
         self.worker(&assignment.worker_id)?;
+        if *self.session.lock().unwrap_or_else(PoisonError::into_inner) != request.session {
+            return Err(NodeError::OtherSession.into());
+        }
         let since = self.lease.lock().unwrap_or_else(PoisonError::into_inner).last_sequence();
         let names = template.containers.iter().map(|container| container.name.clone()).collect();
         self.ledger.begin(&assignment, names, since)?;

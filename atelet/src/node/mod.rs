@@ -56,6 +56,8 @@ pub(crate) struct Node {
     disk: Disk,
     workers: BTreeMap<String, Worker>,
     hub: Arc<session::Hub>,
+    /// What the session that stands calls itself; empty between sessions.
+    session: Mutex<String>,
     lease: Mutex<Lease>,
     granted: watch::Sender<Option<Granted>>,
     /// Woken to ask for a lease at once.

@@ -113,6 +113,7 @@ pub async fn serve(
             disk: Disk::new(&config.dir, config.min_free_bytes),
             workers,
             hub: Arc::clone(&hub),
+            session: Mutex::default(),
             lease: Mutex::default(),
             granted: watch::Sender::new(None),
             lease_wanted: tokio::sync::Notify::new(),

@@ -196,6 +196,7 @@ impl Node {
     ) -> ReceiverStream<Result<SessionEvent, Status>> {
         // The queue is opened before the workers are looked at, so that no change falls between.
         let (session, lost) = self.hub.open();
+        self.call_session(String::new());
         let (out, stream) = mpsc::channel(16);
         self.lease.lock().unwrap_or_else(PoisonError::into_inner).new_session();
         let node = Arc::clone(self);
@@ -222,6 +223,12 @@ impl Node {
         lost: Vec<WorkerLost>,
         out: &Out,
     ) -> Result<(), Status> {
+        let first = requests.message().await?.and_then(|request| request.request);
+        let Some(session_request::Request::Hello(hello)) = first else {
+            return Err(Status::invalid_argument("a session begins with its hello"));
+        };
+        tracing::info!(controller = hello.controller, "session of the control plane");
+        self.call_session(hello.controller);
         for worker in self.workers.values() {
             send(out, session_event::Event::Worker(Self::worker_message(worker))).await?;
             let view = worker.view();
@@ -244,10 +251,7 @@ impl Node {
                             renewal = after;
                         }
                     }
-                    Some(session_request::Request::Hello(hello)) => {
-                        tracing::info!(controller = hello.controller, "session of the control plane");
-                    }
-                    None => return Ok(()),
+                    Some(session_request::Request::Hello(_)) | None => return Ok(()),
                 },
                 event = events.recv() => match event {
                     Some(event) => send(out, event).await?,
@@ -268,6 +272,10 @@ impl Node {
                 () = self.lease_wanted.notified() => self.ask_for_lease(out).await?,
             }
         }
+    }
+
+    fn call_session(&self, name: String) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = name;
     }
 
     fn renew_after(&self) -> Duration {

@@ -137,6 +137,7 @@ impl Machine {
                 ..ActorSpec::default()
             }),
             lease_term_ms: 60_000,
+            session: SESSION.into(),
             identity: [("name".to_owned(), b"alice".to_vec())].into(),
             ..api::ActivateRequest::default()
         }
@@ -244,6 +245,9 @@ pub struct Told {
     pub ended: bool,
 }
 
+/// What every session of these tests calls itself.
+const SESSION: &str = "test";
+
 /// A control plane's session that grants what is in `named`.
 pub struct Session {
     pub named: Arc<Mutex<Vec<Assignment>>>,
@@ -256,6 +260,8 @@ impl Session {
     /// Opens one that grants leases for `named`.
     pub async fn open(mut client: NodeClient<Channel>, named: &[&Assignment]) -> Self {
         let (requests, stream) = mpsc::channel(8);
+        let hello = session_request::Request::Hello(api::SessionHello { controller: SESSION.into() });
+        requests.send(api::SessionRequest { request: Some(hello) }).await.unwrap();
         let mut events = client.session(ReceiverStream::new(stream)).await.unwrap().into_inner();
         let named: Arc<Mutex<Vec<Assignment>>> =
             Arc::new(Mutex::new(named.iter().map(|named| (*named).clone()).collect()));

@@ -261,6 +261,11 @@ async fn what_a_lease_does_not_name_is_ended_and_without_one_nothing_starts() {
     request.assignment.as_mut().unwrap().actor_name = "bob".into();
     let past = request.assignment.clone().unwrap();
     node.client.activate(request).await.unwrap();
+    // Sent in a session that is over, and late: this node may have been given up meanwhile (P1).
+    let stray = assignment("u4", 1, "w2");
+    let late = api::ActivateRequest { session: "yesterday's".into(), ..machine.activate(&stray) };
+    let error = node.client.activate(late).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::Unavailable, "OTHER_SESSION"));
     // A new session asks at once; only one actor is named.
     let later = Session::open(node.client.clone(), &[&kept]).await;
     later

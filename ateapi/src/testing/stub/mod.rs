@@ -58,6 +58,8 @@ struct Inner {
     snapshots: BTreeMap<(String, String), Saved>,
     droppable: BTreeSet<(String, String)>,
     sessions: Vec<mpsc::Sender<Result<atelet::SessionEvent, Status>>>,
+    /// What the session that stands is called.
+    session: String,
     failures: HashMap<&'static str, VecDeque<Status>>,
     calls: HashMap<&'static str, usize>,
     purged: Vec<String>,
@@ -145,6 +147,7 @@ impl Inner {
     fn restart_agent(&mut self) {
         self.epoch += 1;
         self.sessions.clear();
+        self.session.clear();
         self.requests.clear();
         self.granted = Duration::ZERO;
         for slot in self.slots.values_mut() {

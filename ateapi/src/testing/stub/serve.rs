@@ -93,6 +93,8 @@ impl NodeClient for Stub {
         mut requests: mpsc::Receiver<atelet::SessionRequest>,
     ) -> Result<Messages<atelet::SessionEvent>, Status> {
         self.0.enter("session").await?;
+        let first = requests.recv().await.and_then(|it| it.request);
+        let Some(Say::Hello(hello)) = first else { return Err(unavailable()) };
         let (say, events) = mpsc::channel(1_024);
         {
             let mut inner = self.0.lock();
@@ -107,6 +109,7 @@ impl NodeClient for Stub {
             let event = Some(Said::Synced(atelet::SyncDone {}));
             say.try_send(Ok(atelet::SessionEvent { event })).map_err(|_| unavailable())?;
             inner.sessions = vec![say.clone()];
+            inner.session = hello.controller;
         }
         if let Some(event) = self.0.lease_request() {
             let _ = say.try_send(Ok(event));
@@ -121,8 +124,7 @@ impl NodeClient for Stub {
                 tokio::select! {
                     biased;
                     request = requests.recv() => match request.and_then(|it| it.request) {
-                        None => return,
-                        Some(Say::Hello(_)) => {}
+                        None | Some(Say::Hello(_)) => return,
                         Some(Say::Grant(grant)) => node.granted(&grant),
                     },
                     () = node.clock.sleep_until(next) => {
@@ -171,6 +173,9 @@ impl NodeClient for Stub {
             restored_from: String::new(),
             ..Default::default()
         };
+        if self.0.lock().session != request.session {
+            return Err(unavailable());
+        }
         // Begun: from here on a lower generation has ended, and a release of this one ends what is under way.
         self.0.lock().begin(&assignment)?;
         self.0.stage("starts an actor").await?;
