@@ -23,6 +23,8 @@ const TRIM_EVERY: Duration = Duration::from_mins(1);
 const REQUESTS_KEPT_MS: i64 = 24 * 3_600 * 1_000;
 /// How long garbage waits that could not be deleted.
 const COLLECT_AGAIN: Duration = Duration::from_secs(1);
+/// Between records of what workers do.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 
 /// Finds and books a worker (`Place`; undo: the booking is given back when it is dropped).
 ///
@@ -183,11 +185,13 @@ impl Engine {
         });
     }
 
-    /// Commits what watchers and a next start should know of workers; the latest state of each, in order.
+    /// Commits what watchers and a next start should know of workers; the latest state of each, in order, and not every
+    /// step of a busy one.
     async fn publish_workers(self: Arc<Self>) {
         loop {
             self.workers_changed.notified().await;
             self.flush_workers().await;
+            self.pause(PUBLISH_PAUSE).await;
         }
     }
 

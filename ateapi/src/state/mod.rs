@@ -455,6 +455,10 @@ impl Step<'_> {
             cause,
         }));
         self.enter(State::Resuming, "", "");
+        if self.next.last.is_some() {
+            // What comes first is known: said in the same commit.
+            "restoring".clone_into(&mut self.next.progress_step);
+        }
     }
 
     fn activate_failed(&mut self, failure: &Failure) {

@@ -17,7 +17,7 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
     SqliteSynchronous,
 };
-use sqlx::{ConnectOptions as _, Connection as _, Row as _, Sqlite};
+use sqlx::{ConnectOptions as _, Connection as _, QueryBuilder, Row as _, Sqlite};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
@@ -31,6 +31,8 @@ const GROUP: usize = 64;
 /// Transactions that may wait.
 const BACKLOG: usize = 4_096;
 const READERS: u32 = 4;
+/// Rows of one statement; a connection keeps each length's statement prepared.
+const ROWS: usize = 16;
 
 pub(super) static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
 
@@ -353,12 +355,14 @@ async fn verify(tx: &mut SqliteConnection, wanted: &Tx) -> Result<Result<(), Sto
     }
     for (object, expect) in &wanted.puts {
         let old = row_revision(tx, object.kind, &object.key).await?;
-        if let Expect::Revision(revision) = expect {
-            // A row keeps its name, so its own revision is all there is to check.
-            if old != Some(*revision) {
+        // A row keeps its name, so its own revision is all there is to check.
+        match expect {
+            Expect::Revision(revision) if old != Some(*revision) => {
                 return Ok(Err(StoreError::Conflict { kind: object.kind, key: object.key.clone() }));
             }
-            continue;
+            Expect::Any if old.is_none() => {}
+            Expect::Absent => {}
+            Expect::Revision(_) | Expect::Any => continue,
         }
         let holder: Option<String> =
             sqlx::query_scalar("SELECT key FROM objects WHERE kind = ? AND atespace = ? AND name = ?")
@@ -389,22 +393,24 @@ async fn verify(tx: &mut SqliteConnection, wanted: &Tx) -> Result<Result<(), Sto
     Ok(Ok(()))
 }
 
-async fn log(tx: &mut SqliteConnection, change: &Change) -> Result<(), sqlx::Error> {
-    if change.kind == Kind::Node {
-        return Ok(());
+/// Writes changes of one transaction with few statements: each is a hop to the connection's thread and back.
+async fn log(tx: &mut SqliteConnection, changes: &[Change]) -> Result<(), sqlx::Error> {
+    // Nobody watches nodes.
+    let changes: Vec<&Change> = changes.iter().filter(|change| change.kind != Kind::Node).collect();
+    for changes in changes.chunks(ROWS) {
+        let mut insert =
+            QueryBuilder::new("INSERT INTO changelog (revision, kind, key, atespace, name, deleted, doc) ");
+        insert.push_values(changes, |mut row, change| {
+            row.push_bind(change.revision as i64)
+                .push_bind(change.kind as i64)
+                .push_bind(&change.key)
+                .push_bind(&change.atespace)
+                .push_bind(&change.name)
+                .push_bind(i64::from(change.deleted))
+                .push_bind(&change.doc);
+        });
+        insert.build().execute(&mut *tx).await?;
     }
-    sqlx::query(
-        "INSERT INTO changelog (revision, kind, key, atespace, name, deleted, doc) VALUES (?, ?, ?, ?, ?, ?, ?)",
-    )
-    .bind(change.revision as i64)
-    .bind(change.kind as i64)
-    .bind(&change.key)
-    .bind(&change.atespace)
-    .bind(&change.name)
-    .bind(i64::from(change.deleted))
-    .bind(&change.doc)
-    .execute(&mut *tx)
-    .await?;
     Ok(())
 }
 
@@ -414,6 +420,7 @@ async fn apply(tx: &mut SqliteConnection, revision: &mut u64, wanted: Tx) -> Res
         *revision
     };
     let mut puts = Vec::with_capacity(wanted.puts.len());
+    let mut changes = Vec::new();
     for (object, _) in wanted.puts {
         let revision = next();
         puts.push(revision);
@@ -434,7 +441,7 @@ async fn apply(tx: &mut SqliteConnection, revision: &mut u64, wanted: Tx) -> Res
         .execute(&mut *tx)
         .await?;
         let Object { kind, key, atespace, name, doc, .. } = object;
-        log(tx, &Change { revision, kind, key, atespace, name, deleted: false, doc }).await?;
+        changes.push(Change { revision, kind, key, atespace, name, deleted: false, doc });
     }
     for (kind, key, _) in wanted.deletes {
         let old: Option<SqliteRow> =
@@ -446,12 +453,12 @@ async fn apply(tx: &mut SqliteConnection, revision: &mut u64, wanted: Tx) -> Res
         if let Some(old) = old {
             let (atespace, name) = (old.try_get(0)?, old.try_get(1)?);
             let doc = String::new();
-            log(tx, &Change { revision: next(), kind, key, atespace, name, deleted: true, doc }).await?;
+            changes.push(Change { revision: next(), kind, key, atespace, name, deleted: true, doc });
         }
     }
     for note in wanted.notes {
         let super::Note { kind, key, atespace, name, deleted, doc } = note;
-        log(tx, &Change { revision: next(), kind, key, atespace, name, deleted, doc }).await?;
+        changes.push(Change { revision: next(), kind, key, atespace, name, deleted, doc });
     }
     for event in wanted.events {
         let doc = serde_json::to_string(&event).unwrap_or_default();
@@ -464,16 +471,17 @@ async fn apply(tx: &mut SqliteConnection, revision: &mut u64, wanted: Tx) -> Res
             deleted: false,
             doc,
         };
-        log(tx, &change).await?;
         sqlx::query("INSERT INTO events (revision, atespace, subject, reason, doc) VALUES (?, ?, ?, ?, ?)")
             .bind(change.revision as i64)
-            .bind(change.atespace)
-            .bind(change.name)
+            .bind(&change.atespace)
+            .bind(&change.name)
             .bind(event.reason)
-            .bind(change.doc)
+            .bind(&change.doc)
             .execute(&mut *tx)
             .await?;
+        changes.push(change);
     }
+    log(tx, &changes).await?;
     if let Some(request) = wanted.request {
         sqlx::query(
             "INSERT OR REPLACE INTO requests (id, fingerprint, outcome, time_ms) VALUES (?, ?, ?, ?)",

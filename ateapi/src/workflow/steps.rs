@@ -159,8 +159,6 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
             let elapsed = engine.clock.now().saturating_sub(began).as_micros() as u64;
             steps.push(ateapi::Step { name: "ensure_images".to_owned(), micros: elapsed });
             progress(&engine, &actor, "starting_sandbox", 0);
-        } else {
-            progress(&engine, &actor, "restoring", 0);
         }
         request.lease_term_ms = engine.lease_for_activation(&node);
         insist(&engine, &node, StepName::Activate, Some(ACTIVATE_ATTEMPTS), |client| {
