@@ -18,6 +18,7 @@ mod tests;
 #[cfg(test)]
 mod trouble_tests;
 mod typed;
+mod wal;
 
 use std::fs::File;
 use std::sync::Arc;

@@ -6,7 +6,7 @@
 //! writers share one fsync (journal_mode=WAL, synchronous=FULL: <https://www.sqlite.org/wal.html>). Preconditions are
 //! evaluated before anything of a transaction is written, so a refused one leaves no trace in the group; an I/O error
 //! fails the whole group and nothing of it is written. Readers have connections of their own and see only committed
-//! groups.
+//! groups. The write-ahead log is the business of [`super::wal`].
 use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     Change, Check, Committed, DeletionPermit, EventQuery, Expect, Garbage, Kind, Object, Query, RefChange,
-    RequestRecord, Store, StoreError, Trim, Tx, Usage,
+    RequestRecord, Store, StoreError, Trim, Tx, Usage, wal,
 };
 use crate::model::EventDraft;
 
@@ -39,8 +39,10 @@ pub(super) static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrat
 /// A transaction and who waits for it.
 type Waiting = (Box<Tx>, oneshot::Sender<Result<Committed, StoreError>>);
 
-enum Job {
+pub(super) enum Job {
     Commit(Waiting),
+    /// Empty the write-ahead log.
+    Truncate,
     Trim(Trim, oneshot::Sender<Result<(), StoreError>>),
     Close(oneshot::Sender<()>),
 }
@@ -52,6 +54,7 @@ pub struct SqliteStore {
     revisions: watch::Receiver<u64>,
     // Held for as long as the store lives: a second control plane on the file is refused.
     lock: Mutex<Option<nix::fcntl::Flock<File>>>,
+    mover: Mutex<Option<tokio::task::JoinHandle<()>>>,
     file: PathBuf,
     path: String,
 }
@@ -89,6 +92,7 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(Duration::from_secs(5))
             .foreign_keys(false)
+            .pragma("wal_autocheckpoint", "0")
             .disable_statement_logging();
         Self::open_with(path, options).await
     }
@@ -153,6 +157,9 @@ impl SqliteStore {
             .fetch_one(&mut writer)
             .await
             .map_err(|error| explain(&shown, "cannot read the revision", &error))?;
+        let mover = SqliteConnection::connect_with(&options)
+            .await
+            .map_err(|error| explain(&shown, "cannot open the control plane's state", &error))?;
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .connect_with(options.read_only(true).create_if_missing(false))
@@ -162,11 +169,13 @@ impl SqliteStore {
         let (jobs, inbox) = mpsc::channel(BACKLOG);
         let task = Writer { connection: writer, revision: revision as u64, announce, path: shown.clone() };
         tokio::spawn(task.run(inbox));
+        let mover = tokio::spawn(wal::keep_short(mover, revisions.clone(), jobs.downgrade(), shown.clone()));
         Ok(Self {
             readers,
             jobs,
             revisions,
             lock: Mutex::new(Some(lock)),
+            mover: Mutex::new(Some(mover)),
             file: path.to_owned(),
             path: shown,
         })
@@ -217,6 +226,13 @@ impl Writer {
                         roll_back(&mut self.connection).await;
                     }
                     let _ = reply.send(outcome.map_err(|error| explain(&self.path, "cannot trim", &error)));
+                }
+                Some(Job::Truncate) => {
+                    let emptied =
+                        sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut self.connection).await;
+                    if let Err(error) = emptied {
+                        tracing::warn!(%error, database = self.path, "emptying the write-ahead log failed");
+                    }
                 }
                 Some(Job::Close(reply)) => {
                     if let Err(error) = self.connection.close().await {
@@ -799,6 +815,13 @@ impl Store for SqliteStore {
         let (reply, answer) = oneshot::channel();
         if self.jobs.send(Job::Close(reply)).await.is_ok() {
             let _ = answer.await;
+        }
+        // It ends with the writer; the last connection that is closed leaves everything in the database's one file.
+        let mover = self.mover.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(mover) = mover
+            && let Err(error) = mover.await
+        {
+            tracing::error!(%error, database = self.path, "the task of the write-ahead log ended badly");
         }
         self.lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
     }

@@ -332,6 +332,31 @@ async fn what_was_committed_is_there_after_a_start() {
 }
 
 #[tokio::test]
+async fn the_write_ahead_log_stays_short_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state.db");
+    let store = Arc::new(SqliteStore::open(&path).await.unwrap());
+    let long = "x".repeat(20_000);
+    // 60 MB with the change log; the log holds a tenth of that when it is moved in time.
+    let mut longest = 0;
+    for batch in 0..25 {
+        let writes = (0..60).map(|number| {
+            let (store, mut object) = (Arc::clone(&store), atespace(&format!("a-{batch}-{number}")).object());
+            object.doc.clone_from(&long);
+            async move { store.commit(put(object, Expect::Absent)).await.unwrap() }
+        });
+        futures::future::join_all(writes).await;
+        longest = longest.max(std::fs::metadata(dir.path().join("state.db-wal")).unwrap().len());
+    }
+    assert!(longest < 48 << 20, "the log grew to {longest} bytes");
+    store.close().await;
+    let left = std::fs::metadata(dir.path().join("state.db-wal")).map_or(0, |meta| meta.len());
+    assert_eq!(left, 0, "the log is not in the database");
+    let store = SqliteStore::open(&path).await.unwrap();
+    assert!(store.get(Kind::Atespace, "a-24-59").await.unwrap().is_some());
+}
+
+#[tokio::test]
 async fn an_unusable_database_gives_one_clear_error() {
     let dir = tempfile::tempdir().unwrap();
     let refused = async |path: &std::path::Path, word: &str| match SqliteStore::open(path).await {
