@@ -4,23 +4,26 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
     "substrate/v1/types.proto",
     "ateapi/v1/ateapi.proto",
     "atelet/v1/atelet.proto",
     "ateom/v1/ateom.proto",
     "atenet/v1/flow.proto",
     "openshell/compute/v1/compute_driver.proto",
+    "openshell/session.proto",
+    "session/v1/session.proto",
 ];
 
 /// Messages that are also documents a person writes: camelCase, unknown fields refused, missing ones default.
-const DOCUMENTS: [&str; 18] = [
+const DOCUMENTS: [&str; 19] = [
     "TemplateSpec",
     "Container",
     "SecurityContext",
     "Readiness",
     "HttpGet",
     "VolumeMount",
+    "ImageMount",
     "Volume",
     "Resources",
     "IdlePolicy",

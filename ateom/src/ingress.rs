@@ -61,7 +61,12 @@ pub fn serve(path: &Path, occupancy: Occupancy) -> Result<(), ListenError> {
 
 async fn serve_connection(mut router: UnixStream, occupancy: &Occupancy) -> io::Result<()> {
     let open = tokio::time::timeout(OPEN_LIMIT, read_open(&mut router)).await??;
-    let pass = match occupancy.pass_ingress(&open.actor_uid, open.generation) {
+    let passed = if open.background {
+        occupancy.pass_background(&open.actor_uid, open.generation)
+    } else {
+        occupancy.pass_ingress(&open.actor_uid, open.generation)
+    };
+    let pass = match passed {
         Ok(pass) => pass,
         Err(code) => return answer(&mut router, code, "").await,
     };
@@ -192,7 +197,7 @@ mod tests {
     #[tokio::test]
     async fn requests_for_nobody_are_stale_and_garbage_is_closed() {
         let occupancy = Occupancy::new("w1");
-        let open = IngressOpen { actor_uid: "u".repeat(200), generation: 1, port: 0 };
+        let open = IngressOpen { actor_uid: "u".repeat(200), generation: 1, ..IngressOpen::default() };
         let answer = ask(&open.encode_length_delimited_to_vec(), &occupancy).await.unwrap();
         assert_eq!(answer.code(), Code::Stale);
         assert!(ask(&[0xff, 0xff, 0xff, 0xff], &occupancy).await.is_none());

@@ -60,6 +60,8 @@ enum Kind {
     Ingress,
     Egress,
     Exec,
+    /// Counted nowhere and no activity.
+    Background,
 }
 
 /// A counted connection or process; counted off when dropped.
@@ -77,6 +79,9 @@ pub struct Pass {
 impl Pass {
     /// Bytes went through.
     pub fn touch(&self) {
+        if self.kind == Kind::Background {
+            return;
+        }
         let mut inner = self.occupancy.lock();
         if inner.epoch == self.epoch {
             inner.last_activity_ns = boottime_ns();
@@ -86,6 +91,9 @@ impl Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
+        if self.kind == Kind::Background {
+            return;
+        }
         {
             let mut inner = self.occupancy.lock();
             if inner.epoch == self.epoch {
@@ -93,6 +101,7 @@ impl Drop for Pass {
                     Kind::Ingress => &mut inner.ingress,
                     Kind::Egress => &mut inner.egress,
                     Kind::Exec => &mut inner.execs,
+                    Kind::Background => return,
                 };
                 *count = count.saturating_sub(1);
                 inner.last_activity_ns = boottime_ns();
@@ -194,6 +203,18 @@ impl Occupancy {
     /// # Errors
     /// `STALE` when it is for another copy, `NOT_NOW` while the gate is closed.
     pub fn pass_ingress(&self, actor_uid: &str, generation: u64) -> Result<Pass, Code> {
+        self.pass_gate(actor_uid, generation, Kind::Ingress)
+    }
+
+    /// A leg of our own wants in: it stands against no suspend and is no activity.
+    ///
+    /// # Errors
+    /// As [`Occupancy::pass_ingress`].
+    pub fn pass_background(&self, actor_uid: &str, generation: u64) -> Result<Pass, Code> {
+        self.pass_gate(actor_uid, generation, Kind::Background)
+    }
+
+    fn pass_gate(&self, actor_uid: &str, generation: u64, kind: Kind) -> Result<Pass, Code> {
         let mut inner = self.lock();
         match &inner.owner {
             Some(owner) if owner.actor_uid == actor_uid && owner.generation == generation => {}
@@ -202,8 +223,10 @@ impl Occupancy {
         if !inner.open {
             return Err(Code::NotNow);
         }
-        inner.ingress += 1;
-        Ok(self.pass(&mut inner, Kind::Ingress))
+        if kind == Kind::Ingress {
+            inner.ingress += 1;
+        }
+        Ok(self.pass(&mut inner, kind))
     }
 
     /// The actor opened a connection; `None` when nobody is in the slot.
@@ -223,7 +246,9 @@ impl Occupancy {
     }
 
     fn pass(&self, inner: &mut MutexGuard<'_, Inner>, kind: Kind) -> Pass {
-        inner.last_activity_ns = boottime_ns();
+        if kind != Kind::Background {
+            inner.last_activity_ns = boottime_ns();
+        }
         Pass {
             occupancy: self.clone(),
             kind,
@@ -333,6 +358,23 @@ mod tests {
         assert!(!occupancy.pass_ingress("a", 3).unwrap().cut.is_cancelled());
         drop(before);
         assert_eq!(occupancy.usage().ingress, 0);
+    }
+
+    #[test]
+    fn a_leg_of_our_own_passes_the_gate_and_counts_as_nothing() {
+        let occupancy = occupied();
+        assert_eq!(occupancy.pass_background("a", 3).unwrap_err(), Code::NotNow);
+        occupancy.set_gate(true);
+        assert_eq!(occupancy.pass_background("a", 2).unwrap_err(), Code::Stale);
+        let before = occupancy.usage();
+        let leg = occupancy.pass_background("a", 3).unwrap();
+        leg.touch();
+        assert_eq!(occupancy.usage(), before);
+        occupancy.close_if_idle().unwrap();
+        occupancy.cut();
+        assert!(leg.cut.is_cancelled());
+        drop(leg);
+        assert_eq!(occupancy.usage(), before);
     }
 
     #[test]

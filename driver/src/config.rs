@@ -38,7 +38,23 @@ pub const KEYS: [&str; 22] = [
     "supervisor",
     "template_ready_timeout_secs",
 ];
-const SUPERVISOR_KEYS: [&str; 1] = ["mode"];
+/// Every key of its table `supervisor`.
+pub const SUPERVISOR_KEYS: [&str; 14] = [
+    "best_effort",
+    "gateway_ca_path",
+    "gateway_cert_path",
+    "gateway_key_path",
+    "gateway_server_name",
+    "image",
+    "image_dir",
+    "mode",
+    "path",
+    "sandbox_gid",
+    "sandbox_uid",
+    "shim_path",
+    "store",
+    "telemetry",
+];
 
 /// What the driver was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +96,7 @@ pub struct Config {
     /// Capabilities added to every sandbox that the driver synthesizes, without `CAP_`.
     pub request_capabilities: Vec<String>,
     /// How OpenShell's supervisor is delivered.
-    pub supervisor: SupervisorMode,
+    pub supervisor: Supervisor,
 }
 
 impl Default for Config {
@@ -104,7 +120,7 @@ impl Default for Config {
             template_ready_timeout: Duration::from_mins(5),
             stop_timeout: Duration::from_mins(5),
             request_capabilities: Vec::new(),
-            supervisor: SupervisorMode::None,
+            supervisor: Supervisor::default(),
         }
     }
 }
@@ -115,13 +131,62 @@ pub enum SupervisorMode {
     /// Not at all: the sandbox runs the user's command, and substrate's own egress policy holds.
     #[default]
     None,
+    /// Without its network half, behind the session shim.
+    Process,
 }
 
-impl SupervisorMode {
-    /// Capabilities its supervisor needs beyond the runtime's default ones, without `CAP_`.
-    pub fn capabilities(self) -> Vec<String> {
-        match self {
-            Self::None => Vec::new(),
+/// `[openshell.drivers.substrate.supervisor]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Supervisor {
+    /// Which part of it runs.
+    pub mode: SupervisorMode,
+    /// Its binary on this machine.
+    pub path: Option<PathBuf>,
+    /// Its image, in place of `path`.
+    pub image: Option<String>,
+    /// Directory of that image with `openshell-sandbox` in it; empty: its root.
+    pub image_dir: String,
+    /// The session shim's binary.
+    pub shim_path: PathBuf,
+    /// Where images of these binaries and the session key are kept.
+    pub store: PathBuf,
+    /// Whom the user's processes run as where nothing else is asked for.
+    pub sandbox_uid: u32,
+    /// Their group.
+    pub sandbox_gid: u32,
+    /// Tell the supervisor to go on where something is not to be had.
+    pub best_effort: bool,
+    /// Let it send telemetry.
+    pub telemetry: bool,
+    /// PEM file of the authorities of the gateway's certificate; needed with an `https` endpoint.
+    pub gateway_ca_path: Option<PathBuf>,
+    /// PEM file of the certificate that supervisors show to the gateway.
+    pub gateway_cert_path: Option<PathBuf>,
+    /// PEM file of its key.
+    pub gateway_key_path: Option<PathBuf>,
+    /// Name expected in the gateway's certificate; by default the endpoint's host.
+    pub gateway_server_name: Option<String>,
+}
+
+impl Default for Supervisor {
+    fn default() -> Self {
+        let shim = "substrate-session-shim";
+        let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(shim)));
+        Self {
+            mode: SupervisorMode::None,
+            path: None,
+            image: None,
+            image_dir: String::new(),
+            shim_path: beside.unwrap_or_else(|| shim.into()),
+            store: "/var/lib/substrate/driver".into(),
+            sandbox_uid: 10_001,
+            sandbox_gid: 10_001,
+            best_effort: false,
+            telemetry: false,
+            gateway_ca_path: None,
+            gateway_cert_path: None,
+            gateway_key_path: None,
+            gateway_server_name: None,
         }
     }
 }
@@ -199,6 +264,19 @@ struct Table {
 #[serde(default)]
 struct SupervisorTable {
     mode: Option<String>,
+    path: Option<PathBuf>,
+    image: Option<String>,
+    image_dir: Option<String>,
+    shim_path: Option<PathBuf>,
+    store: Option<PathBuf>,
+    sandbox_uid: Option<u32>,
+    sandbox_gid: Option<u32>,
+    best_effort: bool,
+    telemetry: bool,
+    gateway_ca_path: Option<PathBuf>,
+    gateway_cert_path: Option<PathBuf>,
+    gateway_key_path: Option<PathBuf>,
+    gateway_server_name: Option<String>,
 }
 
 impl Config {
@@ -293,9 +371,14 @@ impl Config {
                 }
             }
         }
+        config.supervisor = Self::supervisor(
+            table.supervisor.unwrap_or_default(),
+            config.gateway_endpoint.is_some(),
+            warnings,
+        )?;
         config.request_capabilities = match table.request_capabilities {
             None | Some(Capabilities::OfTheMode(false)) => Vec::new(),
-            Some(Capabilities::OfTheMode(true)) => config.supervisor.capabilities(),
+            Some(Capabilities::OfTheMode(true)) => config.supervisor.mode.capabilities(),
             Some(Capabilities::Named(names)) => names,
         };
         for name in &config.request_capabilities {
@@ -306,32 +389,114 @@ impl Config {
                 );
             }
         }
-        match table.supervisor.and_then(|table| text(table.mode)).as_deref() {
-            None | Some("none") => {}
-            Some("auto") => {
-                if config.gateway_endpoint.is_some() {
+        config.check()?;
+        Ok(config)
+    }
+
+    fn supervisor(
+        table: SupervisorTable,
+        has_gateway: bool,
+        warnings: &mut Vec<String>,
+    ) -> Result<Supervisor, ConfigError> {
+        let wrong = |problem: String| Err(ConfigError::Value { key: "supervisor.mode".to_owned(), problem });
+        let text = |value: Option<String>| value.map(|v| v.trim().to_owned()).filter(|v| !v.is_empty());
+        let path = |value: Option<PathBuf>| value.filter(|v| !v.as_os_str().is_empty());
+        let default = Supervisor::default();
+        let mut supervisor = Supervisor {
+            mode: SupervisorMode::None,
+            path: path(table.path),
+            image: text(table.image),
+            image_dir: text(table.image_dir).unwrap_or_default(),
+            shim_path: path(table.shim_path).unwrap_or(default.shim_path),
+            store: path(table.store).unwrap_or(default.store),
+            sandbox_uid: table.sandbox_uid.unwrap_or(default.sandbox_uid),
+            sandbox_gid: table.sandbox_gid.unwrap_or(default.sandbox_gid),
+            best_effort: table.best_effort,
+            telemetry: table.telemetry,
+            gateway_ca_path: path(table.gateway_ca_path),
+            gateway_cert_path: path(table.gateway_cert_path),
+            gateway_key_path: path(table.gateway_key_path),
+            gateway_server_name: text(table.gateway_server_name),
+        };
+        let has_supervisor = supervisor.path.is_some() || supervisor.image.is_some();
+        supervisor.mode = match text(table.mode).as_deref() {
+            Some("none") => SupervisorMode::None,
+            Some("process") => SupervisorMode::Process,
+            None | Some("auto") if has_gateway && has_supervisor => SupervisorMode::Process,
+            None | Some("auto") => {
+                if has_gateway {
                     warnings.push(
-                        "supervisor.mode = \"auto\" means \"none\" in this version: sandboxes run without \
-                         OpenShell's supervisor, and gateway_endpoint is not used"
+                        "gateway_endpoint is set but no supervisor: sandboxes run without one; name it in \
+                         supervisor.path or supervisor.image"
                             .to_owned(),
                     );
                 }
+                SupervisorMode::None
             }
-            Some(mode @ ("strict" | "sidecar" | "process")) => {
+            Some("strict") => {
                 return wrong(
-                    "supervisor.mode",
-                    format!("{mode:?} is not available in this version: write \"none\" or \"auto\""),
+                    "\"strict\" cannot be had on gVisor: its network namespace is not restored, so a sandbox could \
+                     never sleep; write \"process\" or \"auto\""
+                        .to_owned(),
+                );
+            }
+            Some("sidecar") => {
+                return wrong(
+                    "\"sidecar\" is not available: on gVisor a direct connection would go around its proxy; write \
+                     \"process\" or \"auto\""
+                        .to_owned(),
                 );
             }
             Some(mode) => {
-                return wrong(
-                    "supervisor.mode",
-                    format!("{mode:?} is no mode: write one of auto, strict, sidecar, process, none"),
-                );
+                return wrong(format!(
+                    "{mode:?} is no mode: write one of auto, strict, sidecar, process, none"
+                ));
             }
+        };
+        Ok(supervisor)
+    }
+
+    fn check_supervisor(&self) -> Result<(), ConfigError> {
+        let supervisor = &self.supervisor;
+        let wrong = |key: &str, problem: &str| {
+            Err(ConfigError::Value { key: format!("supervisor.{key}"), problem: problem.to_owned() })
+        };
+        if supervisor.gateway_cert_path.is_some() != supervisor.gateway_key_path.is_some() {
+            return wrong(
+                "gateway_cert_path",
+                "a certificate needs both gateway_cert_path and gateway_key_path",
+            );
         }
-        config.check()?;
-        Ok(config)
+        if !supervisor.mode.has_session() {
+            return Ok(());
+        }
+        let Some(gateway) = &self.gateway_endpoint else {
+            return wrong(
+                "mode",
+                "a supervisor needs gateway_endpoint: http://host:port or https://host:port",
+            );
+        };
+        if !gateway.starts_with("http://") && !gateway.starts_with("https://") {
+            return Err(ConfigError::Value {
+                key: "gateway_endpoint".to_owned(),
+                problem: format!("{gateway:?} is no endpoint: write http://host:port or https://host:port"),
+            });
+        }
+        if gateway.starts_with("https://") && supervisor.gateway_ca_path.is_none() {
+            return wrong(
+                "gateway_ca_path",
+                "is needed with an https gateway_endpoint: name the PEM file of its authority",
+            );
+        }
+        match (&supervisor.path, &supervisor.image) {
+            (None, None) => wrong("path", "is needed, or supervisor.image: name the supervisor"),
+            (Some(_), Some(_)) => wrong("image", "and supervisor.path are both given: name one of them"),
+            (None, Some(image)) if crate::image::digest(image).is_none() => wrong(
+                "image",
+                "has no digest: write registry/repo@sha256:…, so that it cannot change under sandboxes",
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// Checks what one key means for another; also for configurations that were not read from a file.
@@ -377,7 +542,7 @@ impl Config {
                 format!("{:?} is not a DNS-1123 label of at most 63 characters", self.default_namespace),
             );
         }
-        Ok(())
+        self.check_supervisor()
     }
 }
 
@@ -452,6 +617,18 @@ mod tests {
     }
 
     #[test]
+    fn auto_takes_a_supervisor_where_there_is_one() {
+        let read =
+            |lines: &str| Config::from_toml(&format!("[openshell.drivers.substrate]\n{lines}")).unwrap();
+        let (config, warnings) = read("gateway_endpoint = \"http://g:1\"\nsupervisor = { path = \"/s\" }");
+        assert_eq!((config.supervisor.mode, warnings.len()), (SupervisorMode::Process, 0));
+        let (config, warnings) = read("gateway_endpoint = \"http://g:1\"");
+        assert_eq!((config.supervisor.mode, warnings.len()), (SupervisorMode::None, 1));
+        let (config, warnings) = read("supervisor = { mode = \"auto\", path = \"/s\" }");
+        assert_eq!((config.supervisor.mode, warnings.len()), (SupervisorMode::None, 0));
+    }
+
+    #[test]
     fn no_table_means_defaults_and_a_warning() {
         let (config, warnings) = Config::from_toml("[openshell.gateway]\nport = 1\n").unwrap();
         assert_eq!(config, Config::default());
@@ -484,7 +661,24 @@ mod tests {
             ("default_sandbox_class = \"docker\"", "default_sandbox_class", "microvm"),
             ("template_ready_timeout_secs = 0", "template_ready_timeout_secs", "between"),
             ("request_capabilities = [\"cap_net\"]", "request_capabilities", "CAP_"),
-            ("supervisor = { mode = \"strict\" }", "supervisor.mode", "none"),
+            ("supervisor = { mode = \"strict\" }", "supervisor.mode", "process"),
+            ("supervisor = { mode = \"sidecar\" }", "supervisor.mode", "process"),
+            ("supervisor = { mode = \"process\" }", "supervisor.mode", "gateway_endpoint"),
+            (
+                "gateway_endpoint = \"http://g:1\"\nsupervisor = { mode = \"process\" }",
+                "supervisor.path",
+                "name",
+            ),
+            (
+                "gateway_endpoint = \"http://g:1\"\nsupervisor = { image = \"r.example/s:1\" }",
+                "supervisor.image",
+                "@sha256",
+            ),
+            (
+                "gateway_endpoint = \"https://g:1\"\nsupervisor = { path = \"/s\" }",
+                "supervisor.gateway_ca_path",
+                "PEM",
+            ),
             ("supervisor = { mode = \"x\" }", "supervisor.mode", "auto"),
         ] {
             let message = error(lines);
@@ -498,6 +692,12 @@ mod tests {
     fn the_documentation_lists_every_key() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/driver.md");
         let text = std::fs::read_to_string(path).unwrap();
+        for key in SUPERVISOR_KEYS {
+            assert!(
+                text.contains(&format!("| `supervisor.{key}`")),
+                "docs/driver.md has no row for supervisor.{key}"
+            );
+        }
         for key in KEYS {
             assert!(
                 text.contains(&format!("| `{key}`")) || text.contains(&format!("| `{key}.")),

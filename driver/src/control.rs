@@ -229,9 +229,18 @@ impl Control {
 
     /// Brings an actor up; joins a resume that is under way.
     pub async fn resume(&self, uid: &str, deadline: Duration) -> Result<ateapi::Actor, Failure> {
+        self.bring_up(uid, "driver", deadline).await
+    }
+
+    /// Brings an actor up because someone wants to reach into it.
+    pub async fn wake(&self, uid: &str, deadline: Duration) -> Result<ateapi::Actor, Failure> {
+        self.bring_up(uid, "exec", deadline).await
+    }
+
+    async fn bring_up(&self, uid: &str, cause: &str, deadline: Duration) -> Result<ateapi::Actor, Failure> {
         let request = ateapi::ResumeActorRequest {
             actor: Some(by_uid(uid)),
-            cause: "driver".to_owned(),
+            cause: cause.to_owned(),
             request_id: request_id(),
         };
         let answer = self
@@ -515,6 +524,7 @@ impl Dial {
         Self {
             endpoint: config.api_endpoint.clone(),
             tls: tls::Files {
+                prefix: "api_tls",
                 ca: config.api_tls_ca_path.clone(),
                 cert: config.api_client_cert_path.clone(),
                 key: config.api_client_key_path.clone(),

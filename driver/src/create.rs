@@ -61,6 +61,13 @@ impl Driver {
 
     async fn create_to_the_end(&self, sandbox: &DriverSandbox) -> Result<(), Failure> {
         let mut plan = self.plan(sandbox).await?;
+        if self.config.supervisor.mode.has_session() && plan.wanted.token.is_empty() {
+            return Err(Failure::Precondition(
+                "the gateway gave no token for the sandbox, without which its supervisor does not start: set up \
+                 [openshell.gateway.gateway_jwt], or supervisor.mode = \"none\" for sandboxes without a supervisor"
+                    .to_owned(),
+            ));
+        }
         let uid = plan.wanted.uid.clone();
         let _creation = self.gates.own(Key::Creation(uid.clone())).await;
         plan.advisories.extend(token::advisory(&plan.wanted, mirror::now_ms()));

@@ -22,6 +22,8 @@ use crate::{names, synthesize};
 pub struct Driver {
     /// What it was told.
     pub config: Config,
+    /// What is mounted into sandboxes with a supervisor.
+    pub delivery: supervisor::Delivery,
     /// The control plane.
     pub control: Control,
     /// The watch.
@@ -76,7 +78,7 @@ impl Driver {
         let mut spec = synthesize::template(&wanted, &self.config);
         let mut actor = synthesize::actor(&wanted, "", "");
         let mut advisories = wanted.advisories.clone();
-        advisories.extend(supervisor::deliver(&self.config, &wanted, &mut spec, &mut actor));
+        advisories.extend(supervisor::deliver(&self.config, &self.delivery, &wanted, &mut spec, &mut actor));
         self.tenancy(&wanted).await?;
         let mut made_atespace = false;
         let (template, template_name) = if let Some(name) = &wanted.premade {

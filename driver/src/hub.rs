@@ -29,6 +29,7 @@ use crate::backoff::Backoff;
 use crate::control::Control;
 use crate::failure::Failure;
 use crate::mirror::Mirror;
+use crate::session::Sessions;
 
 const QUEUE: usize = 8192;
 /// Places in a queue that platform events may not take.
@@ -53,10 +54,12 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Makes the handle and the task to be spawned. Uids whose first boot failed go to `boots`.
+    /// Makes the handle and the task to be spawned. Uids whose first boot failed go to `boots`, what
+    /// sessions have to know to `sessions`.
     pub fn new(
         control: Control,
         boots: mpsc::UnboundedSender<String>,
+        sessions: Option<Sessions>,
         shutdown: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let (commands, received) = mpsc::channel(256);
@@ -66,6 +69,7 @@ impl Hub {
             upstream: Upstream::open(&control),
             control,
             boots,
+            sessions,
             mirror: Mirror::default(),
             complete: false,
             subscribers: Vec::new(),
@@ -162,6 +166,7 @@ impl Upstream {
 struct Task {
     control: Control,
     boots: mpsc::UnboundedSender<String>,
+    sessions: Option<Sessions>,
     upstream: Upstream,
     mirror: Mirror,
     complete: bool,
@@ -218,6 +223,9 @@ impl Task {
                 self.upstream = Upstream::Waiting(Box::pin(tokio::time::sleep(self.backoff.pause())));
             }
             Signal::Change(change) => {
+                if let Some(sessions) = &self.sessions {
+                    sessions.observe(&change);
+                }
                 let outcome = self.mirror.apply(*change);
                 for event in &outcome.events {
                     self.send(event);
@@ -253,6 +261,9 @@ impl Task {
     }
 
     fn send(&mut self, event: &WatchSandboxesEvent) {
+        if let Some(sessions) = &self.sessions {
+            sessions.follow(event);
+        }
         let minor = matches!(event.payload, Some(Payload::PlatformEvent(_)));
         self.subscribers.retain(|subscriber| {
             if minor && subscriber.capacity() < KEPT_FOR_STATE {

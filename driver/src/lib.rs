@@ -9,6 +9,7 @@
 //!                      ├▶ atespace                             workspaces
 //!                      └▶ hub ▶ mirror ▶ condition             one watch for all, what the gateway is told (pure)
 //!                         boot                                 first boots that failed
+//!                         session                              sessions of supervisors, also while they sleep
 //!             all of them ▶ control ──▶ ateapi
 //! ```
 //!
@@ -19,6 +20,7 @@
 pub mod atespace;
 pub mod backoff;
 pub mod boot;
+pub mod bundle;
 pub mod condition;
 pub mod config;
 pub mod control;
@@ -35,6 +37,7 @@ pub mod mirror;
 pub mod names;
 pub mod quantity;
 pub mod service;
+pub mod session;
 pub mod supervisor;
 pub mod synthesize;
 pub mod tls;
@@ -50,7 +53,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{Config, ConfigError, SupervisorMode};
+pub use config::{Config, ConfigError, Supervisor, SupervisorMode};
 
 /// How long calls under way may take once the driver is told to stop.
 const GRACE: Duration = Duration::from_secs(20);
@@ -90,13 +93,16 @@ pub async fn serve(
     let incoming = seam::listen(&config.socket_path, peers)?;
     let path = config.socket_path.display().to_string();
     let control = control::Control::new(&config);
+    let delivery = supervisor::Delivery::prepare(&config)?;
     let tasks = TaskTracker::new();
     // Ends the watchers and background work after the server was told to stop taking calls.
     let quit = shutdown.child_token();
     let (boots, failed_boots) = mpsc::unbounded_channel();
-    let (hub, hub_task) = hub::Hub::new(control.clone(), boots, quit.clone());
+    let sessions = session::Sessions::new(&config, &control, &delivery.master_key, quit.clone());
+    let (hub, hub_task) = hub::Hub::new(control.clone(), boots, sessions, quit.clone());
     let driver = Arc::new(driver::Driver {
         config,
+        delivery,
         control,
         hub,
         gates: gates::Gates::default(),

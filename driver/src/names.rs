@@ -31,6 +31,8 @@ pub const CREATE: &str = "openshell.ai/create";
 pub const REQUEST_DIGEST: &str = "openshell.ai/request-digest";
 /// Annotation: the generation at which StopSandbox found the actor stopped. Stale once it has woken.
 pub const STOPPED: &str = "openshell.ai/stopped";
+/// Annotation: a supervisor in the sandbox has a session with the gateway, which the hub keeps.
+pub const SESSION: &str = "openshell.ai/session";
 /// Annotation: why the first boot was given up.
 pub const BOOT_FAILED: &str = "openshell.ai/boot-failed";
 /// Prefix of the labels and annotations that only the driver writes.

@@ -12,8 +12,10 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 /// The files a handshake needs.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Files {
+    /// How the configuration's keys of these files begin, for messages.
+    pub prefix: &'static str,
     /// Authorities of the server's certificate.
     pub ca: Option<PathBuf>,
     /// Own certificate chain.
@@ -29,7 +31,7 @@ impl Files {
     pub async fn handshake(&self, host: &str, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         let name = self.server_name.as_deref().unwrap_or(host);
         let server = ServerName::try_from(name.to_owned()).map_err(|_| {
-            io::Error::other(format!("{name:?} is no server name; set api_tls_server_name to one"))
+            io::Error::other(format!("{name:?} is no server name; set {}_server_name to one", self.prefix))
         })?;
         let connector = TlsConnector::from(Arc::new(self.client_config()?));
         connector
@@ -40,11 +42,14 @@ impl Files {
 
     fn client_config(&self) -> io::Result<rustls::ClientConfig> {
         let mut roots = rustls::RootCertStore::empty();
-        let ca = self.ca.as_deref().ok_or_else(|| io::Error::other("api_tls_ca_path is not set"))?;
-        for certificate in certificates("api_tls_ca_path", ca)? {
-            roots
-                .add(certificate)
-                .map_err(|error| io::Error::other(format!("api_tls_ca_path {}: {error}", ca.display())))?;
+        let ca = self
+            .ca
+            .as_deref()
+            .ok_or_else(|| io::Error::other(format!("{}_ca_path is not set", self.prefix)))?;
+        for certificate in certificates(&format!("{}_ca_path", self.prefix), ca)? {
+            roots.add(certificate).map_err(|error| {
+                io::Error::other(format!("{}_ca_path {}: {error}", self.prefix, ca.display()))
+            })?;
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = rustls::ClientConfig::builder_with_provider(provider)
@@ -53,12 +58,12 @@ impl Files {
             .with_root_certificates(roots);
         let mut config = match (&self.cert, &self.key) {
             (Some(cert), Some(key)) => {
-                let chain = certificates("api_client_cert_path", cert)?;
+                let chain = certificates(&format!("{}_cert_path", self.prefix), cert)?;
                 let key_der = PrivateKeyDer::from_pem_file(key).map_err(|error| {
-                    io::Error::other(format!("api_client_key_path {}: {error}", key.display()))
+                    io::Error::other(format!("{}_key_path {}: {error}", self.prefix, key.display()))
                 })?;
                 builder.with_client_auth_cert(chain, key_der).map_err(|error| {
-                    io::Error::other(format!("api_client_cert_path {}: {error}", cert.display()))
+                    io::Error::other(format!("{}_cert_path {}: {error}", self.prefix, cert.display()))
                 })?
             }
             _ => builder.with_no_client_auth(),
@@ -87,7 +92,8 @@ mod tests {
     fn a_file_that_holds_no_certificate_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let ca = dir.path().join("ca.pem");
-        let files = Files { ca: Some(ca.clone()), ..Default::default() };
+        let files =
+            Files { prefix: "api_tls", ca: Some(ca.clone()), cert: None, key: None, server_name: None };
         let missing = files.client_config().unwrap_err().to_string();
         assert!(missing.contains("api_tls_ca_path") && missing.contains("ca.pem"), "{missing}");
         std::fs::write(&ca, "not PEM\n").unwrap();

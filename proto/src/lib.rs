@@ -38,7 +38,15 @@ mod generated {
             tonic::include_proto!("atenet.v1");
         }
     }
+    pub mod session {
+        pub mod v1 {
+            tonic::include_proto!("session.v1");
+        }
+    }
     pub mod openshell {
+        pub mod v1 {
+            tonic::include_proto!("openshell.v1");
+        }
         pub mod compute {
             pub mod v1 {
                 tonic::include_proto!("openshell.compute.v1");
@@ -57,5 +65,9 @@ pub use generated::atenet::v1 as atenet;
 pub use generated::ateom::v1 as ateom;
 /// OpenShell's compute driver contract.
 pub use generated::openshell::compute::v1 as compute;
+/// What is understood of the conversation between OpenShell's supervisor and its gateway.
+pub use generated::openshell::v1 as supervisor;
+/// Between the session hub and the shim in a sandbox.
+pub use generated::session::v1 as session;
 /// Shared words: templates, containers, policies, exec.
 pub use generated::substrate::v1 as types;

@@ -120,6 +120,7 @@ async fn connect_tls(endpoint: &str, remote: &Remote) -> Result<Channel, Failure
         return Err(Failure::usage("--cert and --key belong together: give both or neither"));
     }
     let files = openshell_driver_substrate::tls::Files {
+        prefix: "api_tls",
         ca: remote.ca.clone(),
         cert: remote.cert.clone(),
         key: remote.key.clone(),

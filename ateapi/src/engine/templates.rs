@@ -58,6 +58,14 @@ impl Engine {
             if index == 0 {
                 exposed = image.exposed_ports;
             }
+            for mount in &mut container.image_mounts {
+                let image = steps::resolve_image(self, &node, atespace, &mount.image)
+                    .await
+                    .map_err(|fault| image_error(index, &mount.image, fault))?;
+                if !image.pinned_reference.is_empty() {
+                    mount.image = image.pinned_reference;
+                }
+            }
         }
         let mut ports: Vec<u32> = pinned.containers.iter().flat_map(|it| it.ports.iter().copied()).collect();
         if ports.is_empty() {

@@ -59,6 +59,9 @@ const MAX_RULES: usize = 256;
 const MAX_ARGS: usize = 256;
 const MAX_ARGS_BYTES: usize = 128 * 1024;
 
+/// Most images that are mounted into one container.
+const MAX_IMAGE_MOUNTS: usize = 8;
+
 pub(super) fn is_reserved_path(path: &str) -> bool {
     ["/proc", "/sys", "/dev", "/run/ate"]
         .iter()
@@ -200,6 +203,26 @@ fn container(at: &str, spec: &types::TemplateSpec, index: usize) -> Result<(), I
             format!("{at}.path"),
             || format!("{:?} is there twice", mount.path),
         )?;
+    }
+    ensure(container.image_mounts.len() <= MAX_IMAGE_MOUNTS, format!("{at}.imageMounts"), || {
+        format!("has more than {MAX_IMAGE_MOUNTS} entries")
+    })?;
+    for (i, mount) in container.image_mounts.iter().enumerate() {
+        let field = format!("{at}.imageMounts[{i}]");
+        image(&format!("{field}.image"), &mount.image)?;
+        ensure(
+            names::is_clean_path(&mount.path) && !is_reserved_path(&mount.path),
+            format!("{field}.path"),
+            || format!("{:?} is no absolute path outside /proc, /sys, /dev and /run/ate", mount.path),
+        )?;
+        ensure(
+            mount.source.is_empty() || names::is_clean_path(&mount.source),
+            format!("{field}.source"),
+            || format!("{:?} is no absolute path without \"..\"", mount.source),
+        )?;
+        let twice = container.image_mounts[..i].iter().any(|other| other.path == mount.path)
+            || container.volume_mounts.iter().any(|other| other.path == mount.path);
+        ensure(!twice, format!("{field}.path"), || format!("{:?} is there twice", mount.path))?;
     }
     Ok(())
 }

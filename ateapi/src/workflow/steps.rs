@@ -154,7 +154,10 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
                 .map_err(Insist::Fault)?;
         if work.source.is_none() {
             for container in request.template.iter().flat_map(|template| &template.containers) {
-                ensure_image(&engine, &node, &actor, &container.image).await?;
+                let mounted = container.image_mounts.iter().map(|mount| &mount.image);
+                for image in std::iter::once(&container.image).chain(mounted) {
+                    ensure_image(&engine, &node, &actor, image).await?;
+                }
             }
             let elapsed = engine.clock.now().saturating_sub(began).as_micros() as u64;
             steps.push(ateapi::Step { name: "ensure_images".to_owned(), micros: elapsed });

@@ -53,6 +53,8 @@ pub struct ImageFacts {
     pub groups: Vec<u32>,
     /// Home directory.
     pub home: String,
+    /// Roots of the images that are mounted into the container, in the order of its `image_mounts`.
+    pub mounted: Vec<PathBuf>,
 }
 
 /// Where the actor's things are on this host.
@@ -208,7 +210,7 @@ fn resolve_container(
         no_new_privileges: security.is_some_and(|security| security.no_new_privileges),
         tty: container.tty,
         read_only_root: container.read_only_root,
-        mounts: mounts(at, container, template, places)?,
+        mounts: mounts(at, container, template, image, places)?,
         readiness: container.readiness.clone(),
         log_path: places.logs.join(format!("{}.log", container.name)).display().to_string(),
     })
@@ -252,6 +254,7 @@ fn mounts(
     at: usize,
     container: &Container,
     template: &TemplateSpec,
+    image: &ImageFacts,
     places: &Places,
 ) -> Result<Vec<Mount>, NodeError> {
     let mut mounts = vec![Mount {
@@ -277,6 +280,20 @@ fn mounts(
             late_bound: false,
         });
     }
+    for (nth, mount) in container.image_mounts.iter().enumerate() {
+        let field = format!("containers[{at}].imageMounts[{nth}]");
+        let root = image
+            .mounted
+            .get(nth)
+            .ok_or_else(|| NodeError::invalid(format!("{field}.image"), "is not local"))?;
+        mounts.push(Mount {
+            source: within(&format!("{field}.source"), root, &mount.source)?.display().to_string(),
+            destination: inside(&format!("{field}.path"), &mount.path)?,
+            read_only: true,
+            kind: "bind".to_owned(),
+            late_bound: false,
+        });
+    }
     for (path, source) in &places.files {
         mounts.push(Mount {
             source: source.display().to_string(),
@@ -294,6 +311,24 @@ fn mounts(
         ));
     }
     Ok(mounts)
+}
+
+/// A directory of an image on this host. Symbolic links are the image's and would lead out of its root: the way must
+/// hold none.
+fn within(field: &str, root: &Path, path: &str) -> Result<PathBuf, NodeError> {
+    let mut found = root.to_owned();
+    for part in Path::new(path).components() {
+        match part {
+            Component::Normal(name) => found.push(name),
+            Component::RootDir | Component::CurDir => continue,
+            _ => return Err(NodeError::invalid(field, format!("{path:?} must not contain .."))),
+        }
+        let is_dir = std::fs::symlink_metadata(&found).is_ok_and(|meta| meta.is_dir());
+        if !is_dir {
+            return Err(NodeError::invalid(field, format!("{path:?} is no directory of the image")));
+        }
+    }
+    Ok(found)
 }
 
 /// A path inside a sandbox where something of ours may be mounted, in its plain form.
@@ -340,6 +375,7 @@ mod tests {
             gid: 8,
             groups: vec![9],
             home: "/home/x".into(),
+            mounted: Vec::new(),
         }
     }
 

@@ -211,7 +211,7 @@ impl Node {
             }
         }
         let spec = self.prepare(assignment, template, actor, request, &images, ready.as_ref()).await?;
-        self.hold_images(assignment, images.into_iter().map(|(_, image, _)| image).collect());
+        self.hold_images(assignment, images.into_iter().flat_map(|(_, images, _)| images).collect());
         steps.done("prepare");
         let kind = if ready.is_some() { &self.restores } else { &self.boots };
         let _permit = Arc::clone(kind).acquire_owned().await.map_err(|_| NodeError::WorkerDown {
@@ -293,7 +293,7 @@ impl Node {
         template: &TemplateSpec,
         actor: &ActorSpec,
         request: &ActivateRequest,
-        images: &[(String, Image, ImageFacts)],
+        images: &[(String, Vec<Image>, ImageFacts)],
         ready: Option<&Ready>,
     ) -> Result<SandboxSpec, NodeError> {
         let node = Arc::clone(self);
@@ -315,7 +315,7 @@ impl Node {
         &self,
         assignment: &Assignment,
         template: &TemplateSpec,
-    ) -> Result<Vec<(String, Image, ImageFacts)>, NodeError> {
+    ) -> Result<Vec<(String, Vec<Image>, ImageFacts)>, NodeError> {
         try_join_all(template.containers.iter().map(|container| async {
             let failed = |source: ImageError| NodeError::Image { container: container.name.clone(), source };
             let reference: Reference = container.image.parse().map_err(failed)?;
@@ -327,6 +327,12 @@ impl Node {
                 .unwrap_or_default();
             let resolving = image.clone();
             let user = crate::blocking(move || resolving.user(Some(&run_as))).await.map_err(failed)?;
+            let mounted = try_join_all(container.image_mounts.iter().map(|mount| async {
+                let reference: Reference = mount.image.parse()?;
+                self.images.ensure(&assignment.atespace, &reference, |_| {}).await
+            }))
+            .await
+            .map_err(failed)?;
             let facts = ImageFacts {
                 digest: image.digest.to_string(),
                 rootfs: image.rootfs.clone(),
@@ -339,8 +345,10 @@ impl Node {
                 gid: user.gid,
                 groups: user.groups,
                 home: user.home,
+                mounted: mounted.iter().map(|image| image.rootfs.clone()).collect(),
             };
-            Ok((container.name.clone(), image, facts))
+            let images = std::iter::once(image).chain(mounted).collect();
+            Ok((container.name.clone(), images, facts))
         }))
         .await
     }
@@ -601,7 +609,7 @@ fn incompatible(
 }
 
 /// The first container whose image is not the snapshot's.
-fn other_images(needed: &Compatibility, images: &[(String, Image, ImageFacts)]) -> Option<String> {
+fn other_images(needed: &Compatibility, images: &[(String, Vec<Image>, ImageFacts)]) -> Option<String> {
     needed.images.iter().find_map(|(name, digest)| {
         match images.iter().find(|(container, _, _)| container == name) {
             Some((_, _, facts)) if facts.digest == *digest => None,

@@ -58,7 +58,11 @@ fn template(machine: &Machine) -> TemplateSpec {
 /// A GET through the worker's ingress.
 async fn get(endpoint: &str, actor: &Assignment, path: &str) -> serde_json::Value {
     let mut stream = UnixStream::connect(endpoint.strip_prefix("unix:").unwrap()).await.unwrap();
-    let open = IngressOpen { actor_uid: actor.actor_uid.clone(), generation: actor.generation, port: 0 };
+    let open = IngressOpen {
+        actor_uid: actor.actor_uid.clone(),
+        generation: actor.generation,
+        ..IngressOpen::default()
+    };
     stream.write_all(&open.encode_length_delimited_to_vec()).await.unwrap();
     let length = stream.read_u8().await.unwrap();
     let mut opened = vec![0; length.into()];

@@ -212,7 +212,12 @@ impl Checkpoints {
 
 /// Asks the worker whether it still holds this copy, through a port that nobody listens on.
 async fn probe(route: &Route) -> Result<(), OpenError> {
-    let ask = IngressOpen { actor_uid: route.uid.clone(), generation: route.generation, port: PROBE_PORT };
+    let ask = IngressOpen {
+        actor_uid: route.uid.clone(),
+        generation: route.generation,
+        port: PROBE_PORT,
+        ..IngressOpen::default()
+    };
     upstream::open(&route.endpoint, ask, PROBE_TIMEOUT).await.map(drop)
 }
 

@@ -149,7 +149,7 @@ mod tests {
             assert_eq!((open.actor_uid.as_str(), open.generation, open.port), ("u", 3, 80));
             stream.write_all(&bytes).await.unwrap();
         });
-        let ask = IngressOpen { actor_uid: "u".into(), generation: 3, port: 80 };
+        let ask = IngressOpen { actor_uid: "u".into(), generation: 3, port: 80, ..IngressOpen::default() };
         let opened = open(&format!("unix:{}", path.display()), ask, Duration::from_secs(5)).await;
         server.await.unwrap();
         let mut rest = Vec::new();

@@ -285,7 +285,12 @@ impl Worker {
     pub fn dial(&self, who: &Assignment, port: u32) -> Result<UnixStream, (ingress_opened::Code, String)> {
         let mut stream = UnixStream::connect(self.dir.path().join("run/ingress.sock")).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let open = IngressOpen { actor_uid: who.actor_uid.clone(), generation: who.generation, port };
+        let open = IngressOpen {
+            actor_uid: who.actor_uid.clone(),
+            generation: who.generation,
+            port,
+            ..IngressOpen::default()
+        };
         stream.write_all(&open.encode_length_delimited_to_vec()).unwrap();
         let mut length = [0];
         stream.read_exact(&mut length).unwrap();

@@ -241,6 +241,9 @@ fn driver_config(settings: &Settings, api: &str) -> Result<openshell_driver_subs
     config.socket_path.clone_from(&settings.driver_socket);
     config.socket_peer_uid = given.peer_uid.or(config.socket_peer_uid);
     config.socket_peer_gid = given.peer_gid.or(config.socket_peer_gid);
+    if config.supervisor.store == openshell_driver_substrate::Supervisor::default().store {
+        config.supervisor.store = settings.dir.join("driver");
+    }
     if let Some(image) = &given.default_image {
         config.default_image.clone_from(image);
     }

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `substrate-session-shim --key FILE -- SUPERVISOR [ARGUMENT…]`: see `substrate_session::shim`.
+#![forbid(unsafe_code)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+
+use substrate_session::mux::Mux;
+use substrate_session::shim::{HUB_PORT, SUPERVISOR_PORT, hub_side, supervise, supervisor_side};
+use substrate_session::wire::SessionKey;
+use tokio::net::TcpListener;
+
+const USAGE: &str = "usage: substrate-session-shim --key FILE [--supervisor-port PORT] [--hub-port PORT] -- PROGRAM [ARGUMENT...]";
+
+struct Arguments {
+    key: String,
+    supervisor_port: u16,
+    hub_port: u16,
+    program: String,
+    rest: Vec<String>,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut words = std::env::args().skip(1);
+    let (mut key, mut supervisor_port, mut hub_port) = (None, SUPERVISOR_PORT, HUB_PORT);
+    loop {
+        let word = words.next().ok_or(USAGE)?;
+        let mut value = || words.next().ok_or_else(|| format!("{word} needs a value; {USAGE}"));
+        let port = |text: String| text.parse().map_err(|_| format!("{text:?} is no port; {USAGE}"));
+        match word.as_str() {
+            "--key" => key = Some(value()?),
+            "--supervisor-port" => supervisor_port = port(value()?)?,
+            "--hub-port" => hub_port = port(value()?)?,
+            "--" => break,
+            other => return Err(format!("{other:?} is not known; {USAGE}")),
+        }
+    }
+    let program = words.next().ok_or(USAGE)?;
+    Ok(Arguments { key: key.ok_or(USAGE)?, supervisor_port, hub_port, program, rest: words.collect() })
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("SUBSTRATE_SHIM_LOG")
+                .unwrap_or_else(|_| "warn".into()),
+        )
+        .init();
+    match run() {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("substrate-session-shim: {error}");
+            ExitCode::from(125)
+        }
+    }
+}
+
+fn run() -> Result<i32, String> {
+    let arguments = arguments()?;
+    let key =
+        std::fs::read(&arguments.key).map_err(|error| format!("cannot read {}: {error}", arguments.key))?;
+    let key = SessionKey::new(&key);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start the runtime: {error}"))?;
+    let code = runtime.block_on(async {
+        let mux = Mux::opener();
+        for (address, port) in
+            [(Ipv4Addr::LOCALHOST, arguments.supervisor_port), (Ipv4Addr::UNSPECIFIED, arguments.hub_port)]
+        {
+            let address = SocketAddr::from((address, port));
+            let listener = TcpListener::bind(address).await.map_err(|error| {
+                format!("cannot listen on {address}: {error}; is the port taken by the image?")
+            })?;
+            if port == arguments.hub_port {
+                tokio::spawn(hub_side::serve(listener, key.clone(), mux.clone()));
+            } else {
+                tokio::spawn(supervisor_side::serve(listener, mux.clone()));
+            }
+        }
+        supervise::run(&arguments.program, &arguments.rest).await.map_err(|error| error.to_string())
+    });
+    // Streams of the supervisor are over with it; nothing is worth waiting for.
+    runtime.shutdown_background();
+    code
+}

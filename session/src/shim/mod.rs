@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The shim: first process of a sandbox with a supervisor.
+//!
+//! It starts the supervisor as its child, serves it HTTP/2 on loopback, and waits for the hub on a port of its own.
+//! All of that is memory of the sandbox and loopback connections, so a snapshot holds it, and the supervisor never
+//! notices that it slept. The hub's connection is the only thing that is lost.
+pub mod hub_side;
+pub mod supervise;
+pub mod supervisor_side;
+
+/// Where the supervisor finds its gateway, on loopback.
+pub const SUPERVISOR_PORT: u16 = 48_081;
+/// Where the hub finds the shim.
+pub const HUB_PORT: u16 = 48_082;
+/// What the hub's port answers to an HTTP GET: the shim's loop turns.
+pub const READY_PATH: &str = "/ready";

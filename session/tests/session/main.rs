@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Sessions from end to end, with the real hub and shim over real sockets.
+mod world;
+
+use std::sync::atomic::Ordering;
+
+use substrate_session::hub::View;
+use world::{Gateway, Hubbed, Sandbox, Seen, Supervisor, UID, echo, hub, until, within};
+
+struct World {
+    gateway: Gateway,
+    hubbed: Hubbed,
+    sandbox: Sandbox,
+    supervisor: Supervisor,
+    session: tokio::task::JoinHandle<u32>,
+}
+
+/// A sandbox that runs and is Ready.
+async fn ready() -> World {
+    // With RUST_LOG, to see what happens.
+    let _ = tracing_subscriber::fmt()
+        .with_test_writer()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .try_init();
+    let gateway = Gateway::start("127.0.0.1:0").await;
+    let sandbox = Sandbox::start().await;
+    let hubbed = hub(&gateway, sandbox.dir.path());
+    hubbed.hub.update(UID, sandbox.wake(1));
+    let supervisor = Supervisor::connect(sandbox.supervisor_port).await;
+    let (id, session) = supervisor.session("one").await;
+    assert_eq!(id, "session-1");
+    World { gateway, hubbed, sandbox, supervisor, session }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_sleeps_and_wakes_for_relays_without_the_gateway_or_the_supervisor_noticing() {
+    let world = ready().await;
+    let mut wanted = world.hubbed.wanted.clone();
+    for generation in 2..42 {
+        world.hubbed.hub.update(UID, world.sandbox.sleep());
+        world.gateway.heartbeat().await;
+        let wakes = world.hubbed.wakes.load(Ordering::SeqCst);
+        let asking = tokio::spawn({
+            let gateway = world.gateway.clone();
+            async move { gateway.relay(&format!("relay-{generation}")).await }
+        });
+        within("the wake-up", wanted.changed()).await.unwrap();
+        world.hubbed.hub.update(UID, world.sandbox.wake(generation));
+        let mut relay = within("the relay", asking).await.unwrap();
+        echo(&mut relay, b"hello").await;
+        assert!(world.hubbed.wakes.load(Ordering::SeqCst) > wakes);
+        wanted.mark_unchanged();
+    }
+    assert_eq!(world.gateway.seen(), [Seen::Connected("one".to_owned())]);
+    assert!(!world.session.is_finished(), "the supervisor's session was never interrupted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_relays_wake_and_hold() {
+    let world = ready().await;
+    until("the connection", || world.sandbox.background.load(Ordering::SeqCst) == 1).await;
+    assert_eq!(world.sandbox.held.load(Ordering::SeqCst), 0);
+    let mut relay = world.gateway.relay("r").await;
+    echo(&mut relay, b"x").await;
+    until("the hold", || world.sandbox.held.load(Ordering::SeqCst) == 1).await;
+    drop(relay);
+    until("the release", || world.sandbox.held.load(Ordering::SeqCst) == 0).await;
+    world.hubbed.hub.update(UID, world.sandbox.sleep());
+    for _ in 0..20 {
+        world.gateway.heartbeat().await;
+    }
+    // A call after the heartbeats on the same connection is answered only when they were read.
+    world.hubbed.hub.update(UID, world.sandbox.wake(2));
+    assert_eq!(world.supervisor.ask("after".into()).await.1, 0);
+    assert_eq!(world.hubbed.wakes.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_byte_is_lost_or_doubled_wherever_connections_break() {
+    let world = ready().await;
+    let mut relay = world.gateway.relay("r").await;
+    // The first connection lives until it is cut; those after it break by themselves.
+    for (generation, cut_after) in (2..).zip([6000, 6001, 7777, 9001, 12_345, 40_000]) {
+        world.sandbox.cut_after.store(cut_after, Ordering::SeqCst);
+        world.hubbed.hub.update(UID, world.sandbox.sleep());
+        world.hubbed.hub.update(UID, world.sandbox.wake(generation));
+        for round in 0..40_usize {
+            let bytes: Vec<u8> = (0..round * 97).map(|at| (at * generation as usize) as u8).collect();
+            echo(&mut relay, &bytes).await;
+        }
+    }
+    assert_eq!(world.gateway.seen(), [Seen::Connected("one".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_ends_the_session_and_a_start_opens_a_fresh_one() {
+    let world = ready().await;
+    world.hubbed.hub.update(UID, world.sandbox.sleep());
+    world.hubbed.hub.update(UID, View::Stopped);
+    until("the end of the session", || world.gateway.seen().len() == 2).await;
+    world.hubbed.hub.update(UID, View::Starting);
+    world.hubbed.hub.update(UID, world.sandbox.wake(2));
+    until("a fresh session", || world.gateway.seen().len() == 3).await;
+    let expected = [Seen::Connected("one".to_owned()), Seen::Disconnected, Seen::Connected("one".to_owned())];
+    assert_eq!(world.gateway.seen(), expected);
+    let mut relay = world.gateway.relay("r").await;
+    echo(&mut relay, b"x").await;
+    assert!(!world.session.is_finished());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_goes_and_comes_back_is_greeted_again_and_the_supervisor_does_not_notice() {
+    let world = ready().await;
+    world.hubbed.hub.update(UID, world.sandbox.sleep());
+    world.gateway.end.cancel();
+    let address = world.gateway.address.to_string();
+    drop(world.gateway);
+    let again = Gateway::start(&address).await;
+    let mut sessions = again.sessions.clone();
+    within("a session", sessions.wait_for(|sessions| *sessions == 1)).await.unwrap();
+    assert_eq!(world.hubbed.wakes.load(Ordering::SeqCst), 0, "a Hello needs no sandbox");
+    let mut wanted = world.hubbed.wanted.clone();
+    let asking = tokio::spawn({
+        let gateway = again.clone();
+        async move { gateway.relay("r").await }
+    });
+    within("the wake-up", wanted.wait_for(|wanted| *wanted > 0)).await.unwrap();
+    world.hubbed.hub.update(UID, world.sandbox.wake(2));
+    echo(&mut within("the relay", asking).await.unwrap(), b"x").await;
+    assert!(!world.session.is_finished());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sandbox_that_was_booted_afresh_begins_anew() {
+    let world = ready().await;
+    world.hubbed.hub.update(UID, world.sandbox.sleep());
+    let fresh = Sandbox::start().await;
+    let supervisor = Supervisor::connect(fresh.supervisor_port).await;
+    world.hubbed.hub.update(UID, fresh.wake(2));
+    let (_, session) = supervisor.session("two").await;
+    assert_eq!(world.gateway.seen().last(), Some(&Seen::Connected("two".to_owned())));
+    let mut relay = world.gateway.relay("r").await;
+    echo(&mut relay, b"x").await;
+    assert!(!session.is_finished());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_supervisor_that_says_hello_again_is_told_of_the_session_it_has() {
+    let world = ready().await;
+    world.session.abort();
+    let (id, session) = world.supervisor.session("one").await;
+    assert_eq!(id, "session-1", "the gateway was not asked");
+    let mut relay = world.gateway.relay("r").await;
+    echo(&mut relay, b"x").await;
+    assert!(!session.is_finished());
+    assert_eq!(world.gateway.seen(), [Seen::Connected("one".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_was_lost_costs_calls_a_clear_error_and_nothing_else() {
+    let world = ready().await;
+    drop(world.hubbed);
+    let again = hub(&world.gateway, world.sandbox.dir.path());
+    again.hub.update(UID, world.sandbox.wake(1));
+    within("the end of the session", world.session).await.unwrap();
+    let (_, session) = world.supervisor.session("one").await;
+    let mut relay = world.gateway.relay("r").await;
+    echo(&mut relay, b"x").await;
+    assert!(!session.is_finished());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_comes_back_gives_sleeping_sandboxes_their_session_without_waking_them() {
+    let world = ready().await;
+    let asleep = world.sandbox.sleep();
+    drop(world.hubbed);
+    until("the end of the session", || world.gateway.seen().len() == 2).await;
+    let again = hub(&world.gateway, world.sandbox.dir.path());
+    again.hub.update(UID, asleep);
+    until("the session", || world.gateway.seen().len() == 3).await;
+    assert_eq!(again.wakes.load(Ordering::SeqCst), 0);
+    let mut wanted = again.wanted.clone();
+    let asking = tokio::spawn({
+        let gateway = world.gateway.clone();
+        async move { gateway.relay("r").await }
+    });
+    within("the wake-up", wanted.wait_for(|wanted| *wanted > 0)).await.unwrap();
+    again.hub.update(UID, world.sandbox.wake(2));
+    // Its stream was reset; it says Hello again and hears of the relay that waits.
+    within("the end of the stream", world.session).await.unwrap();
+    let (_, _session) = world.supervisor.session("one").await;
+    echo(&mut within("the relay", asking).await.unwrap(), b"x").await;
+    assert_eq!(world.gateway.seen().len(), 3, "the gateway saw one session all along");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_larger_than_every_window_comes_through() {
+    let world = ready().await;
+    let bytes: Vec<u8> = (0..700_000_u32).map(|at| at as u8).collect();
+    let (answer, status) = world.supervisor.ask(bytes.clone().into()).await;
+    assert_eq!(status, 0);
+    assert!(answer.is_some_and(|answer| answer == bytes), "the same bytes");
+}

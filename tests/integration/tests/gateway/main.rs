@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//! OpenShell's own gateway, command line and supervisor on a real machine.
+//!
+//! Ignored unless asked for: `OPENSHELL_BIN_DIR` names the directory of `openshell-gateway`, `openshell` and
+//! `openshell-sandbox`, and `cargo test -p substrate-integration --test gateway -- --ignored` runs them (`scripts/test` does
+//! when it is set). `SUBSTRATE_SLEEP_CYCLES` says how often a sandbox sleeps and wakes (default 12).
+mod bed;
+
+use anyhow::{Context as _, Result, ensure};
+use bed::{Bed, bin_dir};
+use substrate_proto::ateapi::{ActorState, CordonWorkerRequest};
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_sandbox_is_created_used_stopped_started_and_deleted() -> Result<()> {
+    let bins = bin_dir()?;
+    let mut bed = Bed::start(&bins, 2).await?;
+    let uid = bed.create("alice", &["sleep", "100000"]).await?;
+    // Output, exit code, standard input, whom it runs as.
+    ensure!(bed.exec("alice", "id -u; echo $0").await? == "10001\nsh");
+    let exec = ["sandbox", "exec", "--name", "alice", "--no-tty", "--"];
+    let failed = bed.cli(&[&exec[..], &["sh", "-c", "echo out; echo err >&2; exit 3"]].concat()).await?;
+    ensure!(failed.status.code() == Some(3), "{failed:?}");
+    ensure!(failed.stdout == b"out\n" && failed.stderr.ends_with(b"err\n"), "{failed:?}");
+    let echoed = bed.cli_with(&[&exec[..], &["cat"]].concat(), b"through and back\n").await?;
+    ensure!(echoed.stdout == b"through and back\n", "{echoed:?}");
+    // Its memory survives a stop, and so do its files.
+    bed.exec("alice", "echo kept > /dev/shm/kept").await?;
+    bed.say(&["sandbox", "stop", "alice"]).await?;
+    bed.until_phase("alice", "Stopped").await?;
+    ensure!(bed.actor(&uid).await?.state() == ActorState::Suspended);
+    bed.say(&["sandbox", "start", "alice"]).await?;
+    bed.until_phase("alice", "Ready").await?;
+    ensure!(bed.exec("alice", "cat /dev/shm/kept").await? == "kept");
+    bed.say(&["sandbox", "delete", "alice"]).await?;
+    bed.until_phase("alice", "gone").await?;
+    ensure!(bed.actor(&uid).await.is_err(), "the actor is still there");
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_sleeping_sandbox_stays_ready_and_wakes_for_an_exec() -> Result<()> {
+    let bins = bin_dir()?;
+    let cycles: u64 = match std::env::var("SUBSTRATE_SLEEP_CYCLES") {
+        Ok(cycles) => cycles.parse().context("SUBSTRATE_SLEEP_CYCLES")?,
+        Err(_) => 12,
+    };
+    let mut bed = Bed::start(&bins, 2).await?;
+    let uid = bed.create("alice", &["sleep", "100000"]).await?;
+    bed.exec("alice", "echo 0 > /dev/shm/count; echo $$ > /dev/shm/nonce").await?;
+    let nonce = bed.exec("alice", "cat /dev/shm/nonce").await?;
+    let mut workers = std::collections::BTreeSet::new();
+    let mut cordoned: Option<String> = None;
+    for cycle in 1..=cycles {
+        let worker = bed.actor(&uid).await?.worker_id;
+        bed.fall_asleep(&uid).await?;
+        ensure!(bed.phase("alice").await? == "Ready", "cycle {cycle}: asleep");
+        // The next wake-up goes to the other worker.
+        for (id, uncordon) in
+            cordoned.take().map(|id| (id, true)).into_iter().chain([(worker.clone(), false)])
+        {
+            bed.machine.api.cordon_worker(CordonWorkerRequest { id, uncordon }).await?;
+        }
+        workers.insert(worker.clone());
+        cordoned = Some(worker);
+        let said = bed
+            .exec(
+                "alice",
+                "n=$(cat /dev/shm/count); n=$((n+1)); echo $n > /dev/shm/count; echo $n; cat /dev/shm/nonce",
+            )
+            .await
+            .with_context(|| format!("cycle {cycle}"))?;
+        ensure!(said == format!("{cycle}\n{nonce}"), "cycle {cycle}: {said:?}");
+        ensure!(bed.phase("alice").await? == "Ready", "cycle {cycle}: awake");
+    }
+    ensure!(workers.len() == 2, "only {workers:?}");
+    let disconnects = bed.gateway_log().matches("supervisor session: ended").count();
+    ensure!(disconnects == 0, "the gateway lost the session {disconnects} times");
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_command_that_ends_is_an_error_with_its_code() -> Result<()> {
+    let bins = bin_dir()?;
+    let bed = Bed::start(&bins, 1).await?;
+    bed.create(
+        "brief",
+        &["sh", "-c", "read line < /dev/shm/go || until [ -e /dev/shm/go ]; do sleep 0.2; done; exit 7"],
+    )
+    .await?;
+    bed.exec("brief", "echo > /dev/shm/go").await?;
+    bed.until_phase("brief", "Error").await?;
+    bed.say(&["sandbox", "delete", "brief"]).await?;
+    bed.stop().await
+}
