@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hyper_util::rt::TokioIo;
 use substrate_proto::ateapi::{self, control_client::ControlClient};
-use substrate_proto::types::{ActorSpec, TemplateSpec};
+use substrate_proto::types::{ActorSpec, EgressPolicy, TemplateSpec};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tonic::codegen::InterceptedService;
@@ -220,6 +220,23 @@ impl Control {
         };
         self.call(
             format!("annotate actor {uid}"),
+            Allowance::Short(SHORT),
+            request,
+            |mut client, request| async move { client.update_actor(request).await },
+        )
+        .await
+    }
+
+    /// Replaces what an actor may reach.
+    pub async fn set_egress(&self, uid: &str, egress: EgressPolicy) -> Result<ateapi::Actor, Failure> {
+        let request = ateapi::UpdateActorRequest {
+            actor: Some(by_uid(uid)),
+            egress: Some(egress),
+            request_id: request_id(),
+            ..Default::default()
+        };
+        self.call(
+            format!("set the egress policy of actor {uid}"),
             Allowance::Short(SHORT),
             request,
             |mut client, request| async move { client.update_actor(request).await },

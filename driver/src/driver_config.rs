@@ -136,6 +136,9 @@ pub enum Durability {
 pub struct Egress {
     /// Allowed destinations.
     pub allow: Vec<EgressRule>,
+    /// Allow rules of the sandbox's own policy also where they can only be enforced more broadly than they are written
+    /// (programs and requests are not told apart). Default: false, such a rule is denied.
+    pub allow_coarse: bool,
 }
 
 /// One allowed destination: a `host` or a `cidr`.

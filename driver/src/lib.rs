@@ -9,7 +9,7 @@
 //!                      ├▶ atespace                             workspaces
 //!                      └▶ hub ▶ mirror ▶ condition             one watch for all, what the gateway is told (pure)
 //!                         boot                                 first boots that failed
-//!                         session                              sessions of supervisors, also while they sleep
+//!                         session, policy                      sessions of supervisors, and their egress policies
 //!             all of them ▶ control ──▶ ateapi
 //! ```
 //!
@@ -35,6 +35,7 @@ pub mod journal;
 pub mod lifecycle;
 pub mod mirror;
 pub mod names;
+pub mod policy;
 pub mod quantity;
 pub mod service;
 pub mod session;
@@ -44,7 +45,7 @@ pub mod tls;
 pub mod token;
 pub mod validate;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use substrate_proto::compute::compute_driver_server::ComputeDriverServer;
@@ -98,8 +99,10 @@ pub async fn serve(
     // Ends the watchers and background work after the server was told to stop taking calls.
     let quit = shutdown.child_token();
     let (boots, failed_boots) = mpsc::unbounded_channel();
-    let sessions = session::Sessions::new(&config, &control, &delivery.master_key, quit.clone());
+    let policies = Arc::new(OnceLock::new());
+    let sessions = session::Sessions::new(&config, &control, &delivery.master_key, &policies, quit.clone());
     let (hub, hub_task) = hub::Hub::new(control.clone(), boots, sessions, quit.clone());
+    let _ = policies.set(policy::Policies::new(control.clone(), hub.clone()));
     let driver = Arc::new(driver::Driver {
         config,
         delivery,

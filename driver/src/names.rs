@@ -33,6 +33,8 @@ pub const REQUEST_DIGEST: &str = "openshell.ai/request-digest";
 pub const STOPPED: &str = "openshell.ai/stopped";
 /// Annotation: a supervisor in the sandbox has a session with the gateway, which the hub keeps.
 pub const SESSION: &str = "openshell.ai/session";
+/// Annotation: rules of the sandbox's policy that cannot be enforced as written are allowed more broadly.
+pub const ALLOW_COARSE: &str = "openshell.ai/allow-coarse";
 /// Annotation: why the first boot was given up.
 pub const BOOT_FAILED: &str = "openshell.ai/boot-failed";
 /// Prefix of the labels and annotations that only the driver writes.

@@ -3,7 +3,7 @@
 //! gateway, waking through the driver's client.
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use substrate_proto::ateapi::{Actor, ActorState, WatchResponse, watch_response::Change};
 use substrate_proto::compute::{WatchSandboxesEvent, watch_sandboxes_event::Payload};
@@ -16,6 +16,7 @@ use tonic::transport::Uri;
 use crate::condition::{self, Standing};
 use crate::config::Config;
 use crate::control::Control;
+use crate::policy::Policies;
 use crate::{names, tls};
 
 /// Sessions of all sandboxes with a supervisor.
@@ -26,10 +27,12 @@ pub struct Sessions {
 
 impl Sessions {
     /// The hub, if the mode has sessions and a gateway is configured.
+    /// Policies are known a moment later: they tell the watchers what they deny, and the watch feeds the sessions.
     pub fn new(
         config: &Config,
         control: &Control,
         master_key: &[u8],
+        policies: &Arc<OnceLock<Policies>>,
         shutdown: CancellationToken,
     ) -> Option<Self> {
         let gateway = config.gateway_endpoint.clone().filter(|_| config.supervisor.mode.has_session())?;
@@ -40,9 +43,18 @@ impl Sessions {
                 control.wake(&uid, limit).await.map(drop).map_err(|failure| failure.to_string())
             })
         });
+        let policies = Arc::clone(policies);
+        let inspector: hub::Inspector = Arc::new(move |uid, answer| {
+            let policies = policies.get().cloned();
+            Box::pin(async move {
+                let policies = policies.ok_or("the driver is not ready")?;
+                policies.apply(&uid, answer).await.map_err(|failure| failure.to_string())
+            })
+        });
         let connector = connector(&gateway, config);
         let memory = config.supervisor.store.join("sessions");
-        let config = hub::Config { master_key: master_key.to_vec(), memory, gateway, connector, waker };
+        let config =
+            hub::Config { master_key: master_key.to_vec(), memory, inspector, gateway, connector, waker };
         Some(Self { hub: Hub::new(config, shutdown) })
     }
 

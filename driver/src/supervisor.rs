@@ -121,6 +121,9 @@ pub fn deliver(
     }
     environment(config, wanted, &user_env, &mut actor.env);
     actor.annotations.insert(names::SESSION.to_owned(), "true".to_owned());
+    if wanted.config.egress.as_ref().is_some_and(|egress| egress.allow_coarse) {
+        actor.annotations.insert(names::ALLOW_COARSE.to_owned(), "true".to_owned());
+    }
     actor.files.push(secret(KEY_PATH, &SessionKey::derive(&delivery.master_key, &wanted.uid)));
     run_supervisor(config, delivery, template);
     if wanted.premade.is_some() {

@@ -36,9 +36,14 @@ impl Framed {
         Self { raw: raw.freeze() }
     }
 
+    /// Without its prefix; none when it is compressed.
+    pub fn content(&self) -> Option<Bytes> {
+        (self.raw.first() == Some(&0)).then(|| self.raw.slice(PREFIX..))
+    }
+
     /// What it says; none when it is compressed or something else.
     pub fn read<M: Message + Default>(&self) -> Option<M> {
-        (self.raw.first() == Some(&0)).then(|| M::decode(self.raw.slice(PREFIX..)).ok()).flatten()
+        self.content().and_then(|content| M::decode(content).ok())
     }
 }
 

@@ -74,15 +74,15 @@ enum Command {
         reply: oneshot::Sender<Stream>,
     },
     Say {
-        stream: u64,
+        stream: Name,
         frame: Frame,
     },
     Consumed {
-        stream: u64,
+        stream: Name,
         bytes: usize,
     },
     Dropped {
-        stream: u64,
+        stream: Name,
     },
     Stand {
         reply: oneshot::Sender<Position>,
@@ -101,9 +101,17 @@ enum Command {
     Detach,
 }
 
+/// Which stream a handle is of: a fresh link numbers its streams from 1 again, and handles of the old one may outlive it.
+#[derive(Clone, Copy)]
+struct Name {
+    /// How many fresh links there were before.
+    epoch: u64,
+    stream: u64,
+}
+
 /// Tells the task when all handles of a stream are gone.
 struct Guard {
-    stream: u64,
+    stream: Name,
     commands: mpsc::UnboundedSender<Command>,
 }
 
@@ -260,6 +268,8 @@ struct Entry {
 
 struct Task {
     link: Link,
+    /// Counts fresh links.
+    epoch: u64,
     streams: HashMap<u64, Entry>,
     /// The last number given to a stream.
     last_stream: u64,
@@ -286,6 +296,7 @@ impl Mux {
         let (connected, is_connected) = watch::channel(false);
         let task = Task {
             link: Link::default(),
+            epoch: 0,
             streams: HashMap::new(),
             last_stream: 0,
             connection: None,
@@ -386,7 +397,7 @@ impl Task {
                 let _ = reply.send(stream);
             }
             Command::Say { stream, frame } => {
-                if self.streams.contains_key(&stream) {
+                if let Some(stream) = self.present(stream) {
                     let last = matches!(frame, Frame::Trailers(_) | Frame::Reset(_));
                     self.say(stream, frame);
                     if last {
@@ -395,13 +406,15 @@ impl Task {
                 }
             }
             Command::Consumed { stream, bytes } => {
-                if let Some(entry) = self.streams.get_mut(&stream) {
+                if let Some(stream) = self.present(stream)
+                    && let Some(entry) = self.streams.get_mut(&stream)
+                {
                     entry.unconsumed = entry.unconsumed.saturating_sub(bytes);
                     self.say(stream, Frame::Credit(bytes as u32));
                 }
             }
             Command::Dropped { stream } => {
-                if self.streams.contains_key(&stream) {
+                if let Some(stream) = self.present(stream) {
                     let reset = Reset { code: code::CANCELLED, message: "given up".to_owned() };
                     self.say(stream, Frame::Reset(reset));
                     self.close(stream);
@@ -418,6 +431,11 @@ impl Task {
         }
     }
 
+    /// The number of a stream that is not over.
+    fn present(&self, name: Name) -> Option<u64> {
+        (name.epoch == self.epoch && self.streams.contains_key(&name.stream)).then_some(name.stream)
+    }
+
     fn attach(
         &mut self,
         ours: &Position,
@@ -430,6 +448,7 @@ impl Task {
             Some(id) if self.link.begin(id) => self.link.resume(&Position::default()),
             Some(id) => {
                 self.link = Link::new(id);
+                self.epoch += 1;
                 self.last_stream = 0;
                 for (_, entry) in self.streams.drain() {
                     entry.window.close();
@@ -531,7 +550,10 @@ impl Task {
     }
 
     fn admit(&mut self, stream: u64) -> Option<Stream> {
-        let guard = Arc::new(Guard { stream, commands: self.commands.upgrade()? });
+        let guard = Arc::new(Guard {
+            stream: Name { epoch: self.epoch, stream },
+            commands: self.commands.upgrade()?,
+        });
         let (said, receiver) = mpsc::unbounded_channel();
         let window = Arc::new(Semaphore::new(WINDOW));
         self.last_stream = stream;
@@ -576,5 +598,30 @@ async fn turn(
         command = commands.recv() => Turn::Command(command),
         frame = incoming.recv() => Turn::Frame(frame),
         permit = outgoing.clone().reserve_owned(), if may_write => Turn::Writable(permit.ok()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn handles_of_a_link_that_was_given_up_do_not_touch_the_streams_of_the_next() {
+        let mux = Mux::opener();
+        let old = mux.open(Head::default()).await.unwrap();
+        let (one, _far) = tokio::io::duplex(1 << 16);
+        let position = mux.stand().await.unwrap();
+        assert!(mux.attach(position.clone(), Position::default(), Some(7), one).await.unwrap());
+        let (two, _far) = tokio::io::duplex(1 << 16);
+        assert!(mux.attach(position, Position::default(), Some(8), two).await.unwrap());
+        // The same number again.
+        let mut new = mux.open(Head::default()).await.unwrap();
+        old.sender.reset(code::CANCELLED, "");
+        drop(old);
+        // Commands are taken in order: this one after those.
+        mux.stand().await.unwrap();
+        new.sender.offer(&Bytes::from_static(b"x")).unwrap();
+        assert!(new.receiver.said.try_recv().is_err(), "the stream is still there");
+        assert!(!new.receiver.said.is_closed());
     }
 }

@@ -42,6 +42,7 @@ const CONNECT_SUPERVISOR: &str = "/openshell.v1.OpenShell/ConnectSupervisor";
 const RELAY_STREAM: &str = "/openshell.v1.OpenShell/RelayStream";
 /// How long a relay may wait for its stream: the gateway's own limit (10 s) and some more.
 const RELAY_LIMIT: Duration = Duration::from_secs(15);
+const GET_CONFIG: &str = "/openshell.v1.OpenShell/GetSandboxConfig";
 const REOPEN: [Duration; 5] = [
     Duration::from_millis(100),
     Duration::from_millis(250),
@@ -221,10 +222,15 @@ impl Control {
     ) {
         let (session, end) = (Arc::clone(&self.session), self.end.clone());
         let claimed = (opened.head.path == RELAY_STREAM).then_some(claimed);
+        let inspects = opened.head.path == GET_CONFIG;
         tokio::spawn(async move {
+            let inspect = inspects.then(|| {
+                let session = Arc::clone(&session);
+                move |answer| (session.inspector)(session.uid.clone(), answer)
+            });
             tokio::select! {
                 () = end.cancelled() => {}
-                () = forward(opened, &session.gateway, claimed) => {}
+                () = forward(opened, &session.gateway, claimed, inspect) => {}
             }
             after.await;
         });

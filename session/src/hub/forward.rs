@@ -2,6 +2,8 @@
 //! Calls that pass through: heads and bytes as they are.
 use std::io;
 
+use bytes::Bytes;
+use futures::future::BoxFuture;
 use http_body::Frame as BodyFrame;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -10,11 +12,17 @@ use substrate_proto::session::stream_frame::Frame;
 use substrate_proto::supervisor::{RelayFrame, relay_frame::Payload};
 
 use super::gateway::{Gateway, Upload, chain};
-use crate::grpc::{self, Deframer};
+use crate::grpc::{self, Deframer, Framed};
 use crate::mux::{Opened, Receiver, Said, Sender, code};
 
-/// Carries a call to the gateway and its answer back. `claimed` is told the channel that a relay's stream names.
-pub async fn forward(opened: Opened, gateway: &Gateway, claimed: Option<impl FnOnce(String)>) {
+/// Carries a call to the gateway and its answer back. `claimed` is told the channel that a relay's stream names, `inspect`
+/// is shown the answer's message before it is passed on, which it is not when that fails.
+pub async fn forward(
+    opened: Opened,
+    gateway: &Gateway,
+    claimed: Option<impl FnOnce(String)>,
+    inspect: Option<impl FnOnce(Bytes) -> BoxFuture<'static, Result<(), String>>>,
+) {
     let Opened { head, stream } = opened;
     let sender = stream.sender;
     let (upload, answer) = match gateway.call(&head).await {
@@ -24,7 +32,14 @@ pub async fn forward(opened: Opened, gateway: &Gateway, claimed: Option<impl FnO
     let up = carry_up(stream.receiver, upload, claimed);
     let down = async {
         match answer.await {
-            Ok(response) => carry_down(response, &sender).await,
+            Ok(response) => match inspect {
+                None => carry_down(response, &sender).await,
+                Some(inspect) => {
+                    if let Err((code, reason)) = carry_inspected(response, &sender, inspect).await {
+                        sender.reset(code, reason);
+                    }
+                }
+            },
             Err(error) => sender.reset(code::UNAVAILABLE, error.to_string()),
         }
     };
@@ -76,6 +91,42 @@ async fn carry_up(mut receiver: Receiver, upload: Upload, claimed: Option<impl F
             Said::Headers(_) | Said::Trailers(_) => {}
         }
     }
+}
+
+/// Carries an answer of one message that is looked at first.
+async fn carry_inspected(
+    response: http::Response<Incoming>,
+    sender: &Sender,
+    inspect: impl FnOnce(Bytes) -> BoxFuture<'static, Result<(), String>>,
+) -> Result<(), (u32, String)> {
+    let (parts, body) = response.into_parts();
+    let head = grpc::head("", &parts.headers);
+    if parts.headers.contains_key("grpc-status") {
+        last(sender, head);
+        return Ok(());
+    }
+    let unreadable =
+        |reason: String| (code::UNAVAILABLE, format!("the gateway's answer cannot be read: {reason}"));
+    let body = http_body_util::Limited::new(body, grpc::MAX_MESSAGE)
+        .collect()
+        .await
+        .map_err(|error| unreadable(error.to_string()))?;
+    let trailers = body.trailers().cloned().unwrap_or_default();
+    let bytes = body.to_bytes();
+    if grpc::status_of(&trailers).is_some_and(|(status, _)| status == 0) {
+        let mut deframer = Deframer::default();
+        deframer.push(&bytes);
+        let message = deframer.take().map_err(|error| unreadable(error.to_string()))?;
+        let content = message.as_ref().and_then(Framed::content);
+        let content = content.ok_or_else(|| unreadable("it is compressed, or no message".to_owned()))?;
+        inspect(content).await.map_err(|reason| (code::UNAVAILABLE, reason))?;
+    }
+    // Over already: nobody to tell.
+    let _ = sender.say(Frame::Headers(head));
+    if sender.data(bytes).await.is_ok() {
+        last(sender, grpc::head("", &trailers));
+    }
+    Ok(())
 }
 
 async fn carry_down(response: http::Response<Incoming>, sender: &Sender) {

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -68,6 +69,10 @@ pub enum View {
 /// Wakes the actor of that uid.
 pub type Waker = Arc<dyn Fn(String) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
+/// Is shown what the gateway answers to `GetSandboxConfig` of the actor with that uid, before the supervisor is. The answer
+/// is not passed on while this fails: the supervisor asks again.
+pub type Inspector = Arc<dyn Fn(String, Bytes) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+
 /// What the hub is made with.
 #[derive(Clone)]
 pub struct Config {
@@ -81,6 +86,8 @@ pub struct Config {
     pub connector: Connector,
     /// Wakes actors.
     pub waker: Waker,
+    /// Sees policies.
+    pub inspector: Inspector,
 }
 
 /// A handle on the hub; cheap to clone.
@@ -112,6 +119,7 @@ pub(crate) struct Session {
     /// Relays that wait for their stream or have one.
     pub(crate) relays: watch::Sender<usize>,
     pub(crate) memory: Memory,
+    pub(crate) inspector: Inspector,
     waker: Waker,
 }
 
@@ -169,6 +177,7 @@ impl Hub {
             view,
             relays: watch::channel(0).0,
             memory: self.memory(),
+            inspector: Arc::clone(&config.inspector),
             waker: Arc::clone(&config.waker),
         });
         let spawn = |task: BoxFuture<'static, ()>| {

@@ -194,6 +194,13 @@ async fn a_hub_that_comes_back_gives_sleeping_sandboxes_their_session_without_wa
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_that_cannot_be_applied_does_not_reach_the_supervisor() {
+    let world = ready().await;
+    assert_eq!(world.supervisor.ask("fine".into()).await, (Some("fine".into()), 0));
+    assert_eq!(world.supervisor.ask("to be refused".into()).await, (None, 14));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_larger_than_every_window_comes_through() {
     let world = ready().await;
     let bytes: Vec<u8> = (0..700_000_u32).map(|at| at as u8).collect();

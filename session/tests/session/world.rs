@@ -381,6 +381,10 @@ pub fn hub(gateway: &Gateway, memory: &std::path::Path) -> Hubbed {
         master_key: MASTER.to_vec(),
         memory: memory.to_owned(),
         gateway: format!("http://{address}"),
+        inspector: Arc::new(|_, answer| {
+            let refused = answer.ends_with(b"refused");
+            Box::pin(async move { if refused { Err("not understood".to_owned()) } else { Ok(()) } })
+        }),
         connector: Arc::new(move || {
             Box::pin(async move { Ok(Box::pin(TcpStream::connect(address).await?) as Pin<Box<dyn Carrier>>) })
         }),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use substrate_integration::{Machine, PATIENCE, image};
 use substrate_proto::ateapi::{self, ActorRef, SuspendActorRequest};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 
 /// Where OpenShell's programs are.
@@ -42,30 +42,29 @@ impl Bed {
             .output()
             .context("openshell-gateway generate-certs")?;
         ensure!(made.status.success(), "generate-certs: {}", String::from_utf8_lossy(&made.stderr));
-        // Free now; the gateway takes no port by itself.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = free_port()?;
         let dir = root.path().join("d");
         let jwt = certificates.join("jwt");
         let toml = format!(
             "[openshell.gateway]\ncompute_drivers = [\"substrate\"]\ndisable_tls = true\n\
              bind_address = \"127.0.0.1:{port}\"\n\
              [openshell.gateway.auth]\nallow_unauthenticated_users = true\n\
-             [openshell.gateway.gateway_jwt]\nsigning_key_path = {:?}\npublic_key_path = {:?}\nkid_path = {:?}\n\
+             [openshell.gateway.gateway_jwt]\nsigning_key_path = \"{}\"\npublic_key_path = \"{}\"\nkid_path = \"{}\"\n\
              gateway_id = \"test\"\nttl_secs = 0\n\
-             [openshell.drivers.substrate]\nsocket_path = {:?}\ngateway_endpoint = \"http://127.0.0.1:{port}\"\n\
+             [openshell.drivers.substrate]\nsocket_path = \"{}\"\ngateway_endpoint = \"http://127.0.0.1:{port}\"\n\
              default_image = {:?}\n\
-             [openshell.drivers.substrate.supervisor]\nmode = \"process\"\npath = {:?}\n",
-            jwt.join("signing.pem"),
-            jwt.join("public.pem"),
-            jwt.join("kid"),
-            dir.join("run/driver/driver.sock"),
+             [openshell.drivers.substrate.supervisor]\nmode = \"process\"\npath = \"{}\"\n",
+            jwt.join("signing.pem").display(),
+            jwt.join("public.pem").display(),
+            jwt.join("kid").display(),
+            dir.join("run/driver/driver.sock").display(),
             image("helpdesk")?,
-            bins.join("openshell-sandbox"),
+            bins.join("openshell-sandbox").display(),
         );
         let config = root.path().join("gateway.toml");
         std::fs::write(&config, toml)?;
         let up = root.path().join("up.toml");
-        std::fs::write(&up, format!("[driver]\ngateway_config = {config:?}\n"))?;
+        std::fs::write(&up, format!("[driver]\ngateway_config = \"{}\"\n", config.display()))?;
         let machine =
             Machine::start_in(dir, None, workers, &["--config", up.to_str().context("a path in UTF-8")?])
                 .await?;
@@ -95,16 +94,12 @@ impl Bed {
 
     /// Runs `openshell` with something on its standard input.
     pub async fn cli_with(&self, arguments: &[&str], input: &[u8]) -> Result<Output> {
-        let mut child = Command::new(self.bins.join("openshell"))
+        let mut child = self
+            .command()
             .args(arguments)
-            .env("OPENSHELL_GATEWAY_ENDPOINT", &self.endpoint)
-            .env("XDG_STATE_HOME", self.root.path())
-            .env("XDG_CONFIG_HOME", self.root.path())
-            .env("NO_COLOR", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .kill_on_drop(true)
             .spawn()
             .context("openshell")?;
         let mut stdin = child.stdin.take().context("stdin")?;
@@ -116,6 +111,30 @@ impl Bed {
         // A program that reads no input closes it.
         let _ = feeding.await?;
         Ok(output)
+    }
+
+    /// Forwards a local port to one in a sandbox, until the guard is dropped.
+    pub fn forward(&self, name: &str, target: u16, local: u16) -> Result<Child> {
+        let log = std::fs::File::create(self.root.path().join("forward.log"))?;
+        self.command()
+            .args(["forward", "service", name, "--target-port", &target.to_string()])
+            .args(["--local", &format!("127.0.0.1:{local}")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::from(log.try_clone()?))
+            .stderr(Stdio::from(log))
+            .spawn()
+            .context("openshell forward")
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(self.bins.join("openshell"));
+        command
+            .env("OPENSHELL_GATEWAY_ENDPOINT", &self.endpoint)
+            .env("XDG_STATE_HOME", self.root.path())
+            .env("XDG_CONFIG_HOME", self.root.path())
+            .env("NO_COLOR", "1")
+            .kill_on_drop(true);
+        command
     }
 
     /// Runs `openshell`, which must succeed; its output.
@@ -137,13 +156,16 @@ impl Bed {
         let fixed = ["sandbox", "create", "--name", name, "--detach", "--driver-config-json", config, "--"];
         self.say(&[&fixed, command].concat()).await?;
         self.until_phase(name, "Ready").await?;
-        let listed: serde_json::Value =
-            serde_json::from_str(&self.say(&["sandbox", "list", "-o", "json"]).await?)?;
-        let found = listed.as_array().into_iter().flatten().find(|sandbox| sandbox["name"] == name);
+        let found = self.listed(name).await?;
         found
-            .and_then(|sandbox| sandbox["id"].as_str())
-            .map(str::to_owned)
-            .with_context(|| format!("{name} is not in {listed}"))
+            .and_then(|sandbox| sandbox["id"].as_str().map(str::to_owned))
+            .with_context(|| format!("{name} has no id"))
+    }
+
+    async fn listed(&self, name: &str) -> Result<Option<serde_json::Value>> {
+        let listed: Vec<serde_json::Value> =
+            serde_json::from_str(&self.say(&["sandbox", "list", "-o", "json"]).await?)?;
+        Ok(listed.into_iter().find(|sandbox| sandbox["name"] == name))
     }
 
     /// What `exec` prints; it must succeed.
@@ -155,9 +177,9 @@ impl Bed {
 
     /// The phase as users see it.
     pub async fn phase(&self, name: &str) -> Result<String> {
-        let listed = self.say(&["sandbox", "list"]).await?;
-        let line = listed.lines().find(|line| line.split_whitespace().next() == Some(name));
-        Ok(line.and_then(|line| line.split_whitespace().last()).unwrap_or("gone").to_owned())
+        let found = self.listed(name).await?;
+        let phase = found.and_then(|sandbox| sandbox["phase"].as_str().map(str::to_owned));
+        Ok(phase.unwrap_or_else(|| "gone".to_owned()))
     }
 
     /// Waits for a phase.
@@ -165,7 +187,8 @@ impl Bed {
         self.until(&format!("{name} is {phase}"), async |bed| Ok(bed.phase(name).await? == phase)).await
     }
 
-    async fn until(&self, what: &str, holds: impl AsyncFn(&Self) -> Result<bool>) -> Result<()> {
+    /// Asks until something holds.
+    pub async fn until(&self, what: &str, holds: impl AsyncFn(&Self) -> Result<bool>) -> Result<()> {
         let began = tokio::time::Instant::now();
         while began.elapsed() < PATIENCE {
             if holds(self).await? {
@@ -206,6 +229,25 @@ impl Bed {
     fn sandbox_logs(&self) -> String {
         tail(&self.machine.dir.join("logs/substrate.log"))
     }
+}
+
+/// A port that is free now: OpenShell's programs are told one.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// The body of an HTTP answer.
+pub async fn get(port: u16, path: &str) -> Result<String> {
+    let exchange = async {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        ensure!(head.contains(" 200 "), "{head}");
+        Ok(body.to_owned())
+    };
+    tokio::time::timeout(PATIENCE, exchange).await?
 }
 
 fn tail(path: &Path) -> String {

@@ -7,7 +7,7 @@
 mod bed;
 
 use anyhow::{Context as _, Result, ensure};
-use bed::{Bed, bin_dir};
+use bed::{Bed, bin_dir, free_port, get};
 use substrate_proto::ateapi::{ActorState, CordonWorkerRequest};
 
 #[tokio::test]
@@ -93,5 +93,53 @@ async fn a_command_that_ends_is_an_error_with_its_code() -> Result<()> {
     bed.exec("brief", "echo > /dev/shm/go").await?;
     bed.until_phase("brief", "Error").await?;
     bed.say(&["sandbox", "delete", "brief"]).await?;
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn terminals_and_port_forwards_reach_a_sleeping_sandbox() -> Result<()> {
+    let bins = bin_dir()?;
+    let mut bed = Bed::start(&bins, 2).await?;
+    let uid = bed.create("alice", &["/usr/bin/python3", "-S", "/app/helpdesk.py"]).await?;
+    let port = free_port()?;
+    let _forward = bed.forward("alice", 8080, port)?;
+    bed.until("the forward answers", async |_| Ok(get(port, "/status").await.is_ok())).await?;
+    for round in 0..3 {
+        bed.fall_asleep(&uid).await?;
+        get(port, "/status").await.with_context(|| format!("round {round}"))?;
+        bed.fall_asleep(&uid).await?;
+        let exec = ["sandbox", "exec", "--name", "alice", "--tty", "--", "sh", "-c", "tty; exit 4"];
+        let said = bed.cli(&exec).await?;
+        ensure!(said.status.code() == Some(4), "round {round}: {said:?}");
+        ensure!(String::from_utf8_lossy(&said.stdout).contains("/dev/pts/"), "round {round}: {said:?}");
+    }
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_killed_machine_comes_back_with_its_sessions() -> Result<()> {
+    let bins = bin_dir()?;
+    let mut bed = Bed::start(&bins, 2).await?;
+    let uid = bed.create("alice", &["sleep", "100000"]).await?;
+    bed.exec("alice", "echo kept > /dev/shm/kept").await?;
+    bed.fall_asleep(&uid).await?;
+    // Driver, hub and control plane at once, while the sandbox sleeps.
+    bed.machine.kill();
+    bed.machine.restart().await?;
+    bed.until_phase("alice", "Ready").await?;
+    ensure!(bed.actor(&uid).await?.state() == ActorState::Suspended, "it was woken for nothing");
+    // And while it runs.
+    ensure!(bed.exec("alice", "cat /dev/shm/kept").await? == "kept");
+    bed.machine.kill();
+    bed.machine.restart().await?;
+    bed.until("alice can be used", async |bed| {
+        let said = bed
+            .cli(&["sandbox", "exec", "--name", "alice", "--no-tty", "--", "cat", "/dev/shm/kept"])
+            .await?;
+        Ok(said.stdout == b"kept\n")
+    })
+    .await?;
     bed.stop().await
 }
