@@ -20,8 +20,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message as _;
 use substrate_proto::atenet::{IngressOpen, IngressOpened, ingress_opened::Code};
 use substrate_proto::supervisor::{
-    GatewayMessage, RelayFrame, RelayInit, RelayOpen, SessionAccepted, SupervisorHello, SupervisorMessage,
-    gateway_message, relay_frame, supervisor_message,
+    GatewayHeartbeat, GatewayMessage, RelayFrame, RelayInit, RelayOpen, SessionAccepted, SupervisorHello,
+    SupervisorMessage, gateway_message, relay_frame, supervisor_message,
 };
 use substrate_session::grpc::{self, Deframer, Framed};
 use substrate_session::hub::gateway::Carrier;
@@ -228,7 +228,7 @@ impl Gateway {
     pub async fn heartbeat(&self) {
         let feed =
             self.inner.lock().unwrap().session.as_ref().map(|(_, feed)| feed.clone()).expect("a session");
-        send(&feed, gateway_message::Payload::Heartbeat(Default::default())).await;
+        send(&feed, gateway_message::Payload::Heartbeat(GatewayHeartbeat::default())).await;
     }
 }
 
@@ -412,7 +412,7 @@ impl Supervisor {
         Self { requests }
     }
 
-    pub async fn call(&self, method: &str) -> (Feed, impl Future<Output = Response<Incoming>> + use<>) {
+    pub fn call(&self, method: &str) -> (Feed, impl Future<Output = Response<Incoming>> + use<>) {
         let (feed, body) = mpsc::channel(16);
         let request = Request::post(format!("http://shim/openshell.v1.OpenShell/{method}"))
             .header("authorization", "Bearer token")
@@ -426,7 +426,7 @@ impl Supervisor {
 
     /// Sends one message and waits for the answer and its status.
     pub async fn ask(&self, message: Bytes) -> (Option<Bytes>, u32) {
-        let (feed, answer) = self.call("GetSandboxConfig").await;
+        let (feed, answer) = self.call("GetSandboxConfig");
         let frame = RelayFrame { payload: Some(relay_frame::Payload::Data(message.to_vec())) };
         feed.send(Ok(BodyFrame::data(Framed::new(&frame).raw))).await.unwrap();
         drop(feed);
@@ -444,7 +444,7 @@ impl Supervisor {
 
     /// Opens a session; gives back when it is accepted, and goes on until the stream ends, with its status.
     pub async fn session(&self, instance: &str) -> (String, tokio::task::JoinHandle<u32>) {
-        let (feed, answer) = self.call("ConnectSupervisor").await;
+        let (feed, answer) = self.call("ConnectSupervisor");
         let hello = SupervisorHello { sandbox_id: "sb-1".to_owned(), instance_id: instance.to_owned() };
         let hello = SupervisorMessage { payload: Some(supervisor_message::Payload::Hello(hello)) };
         feed.send(Ok(BodyFrame::data(Framed::new(&hello).raw))).await.unwrap();
@@ -474,7 +474,7 @@ impl Supervisor {
     fn echo(&self, channel_id: String) -> impl Future<Output = ()> + use<> {
         let supervisor = Self { requests: self.requests.clone() };
         async move {
-            let (feed, answer) = supervisor.call("RelayStream").await;
+            let (feed, answer) = supervisor.call("RelayStream");
             let init = RelayFrame { payload: Some(relay_frame::Payload::Init(RelayInit { channel_id })) };
             feed.send(Ok(BodyFrame::data(Framed::new(&init).raw))).await.unwrap();
             let mut messages = Deframed { body: answer.await.into_body(), deframer: Deframer::default() };

@@ -241,11 +241,22 @@ pub async fn get(port: u16, path: &str) -> Result<String> {
     let exchange = async {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
         stream.write_all(format!("GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n").as_bytes()).await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        let mut answer = Vec::new();
+        // Not to the end: a forward need not close when its target does.
+        let (head, body) = loop {
+            ensure!(stream.read_buf(&mut answer).await? > 0, "the answer broke off");
+            let text = String::from_utf8_lossy(&answer);
+            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+            let lower = head.to_ascii_lowercase();
+            let length =
+                lower.split("content-length: ").nth(1).and_then(|rest| rest.split_whitespace().next());
+            if length.and_then(|length| length.parse().ok()).is_some_and(|length: usize| body.len() >= length)
+            {
+                break (head.to_owned(), body.to_owned());
+            }
+        };
         ensure!(head.contains(" 200 "), "{head}");
-        Ok(body.to_owned())
+        Ok(body)
     };
     tokio::time::timeout(PATIENCE, exchange).await?
 }
