@@ -207,12 +207,18 @@ impl SmallDisk {
 
     /// Fills it until this much is left.
     fn fill(&self, left_kib: u64) -> Result<()> {
-        let stat = nix::sys::statvfs::statvfs(self.0.path())?;
-        let free = stat.blocks_available() * stat.fragment_size();
         let file = std::fs::File::create(self.0.path().join("ballast"))?;
-        let size = i64::try_from(free.saturating_sub(left_kib << 10))?;
-        nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, size)?;
-        Ok(())
+        for _ in 0..50 {
+            let stat = nix::sys::statvfs::statvfs(self.0.path())?;
+            let free = stat.blocks_available() * stat.fragment_size();
+            let size = i64::try_from(free.saturating_sub(left_kib << 10))?;
+            match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, size) {
+                // The machine wrote meanwhile: there is less to fill.
+                Err(nix::errno::Errno::ENOSPC) => {}
+                filled => return Ok(filled?),
+            }
+        }
+        anyhow::bail!("the machine writes faster than its disk can be filled")
     }
 
     fn relieve(&self) -> Result<()> {
