@@ -17,6 +17,35 @@ pub struct WorkerConfig {
     /// Pool it belongs to. Default: `default`.
     #[serde(default = "default_pool")]
     pub pool: String,
+    /// What it runs: `gvisor` or `microvm`. Default: `gvisor`.
+    #[serde(default)]
+    pub class: WorkerClass,
+}
+
+/// What a worker runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerClass {
+    /// gVisor sandboxes.
+    #[default]
+    Gvisor,
+    /// Virtual machines.
+    Microvm,
+}
+
+/// What workers of the microVM class need.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MicrovmConfig {
+    /// The `ateom-microvm` to start.
+    pub ateom_binary: PathBuf,
+    /// The QEMU that it runs.
+    pub qemu: PathBuf,
+    /// Its sha256 (hex), checked by each ateom. Default: not checked.
+    #[serde(default)]
+    pub qemu_sha256: Option<String>,
+    /// Directory of the guests' kernel: `vmlinuz` and `modules/`.
+    pub kernel: PathBuf,
 }
 
 /// What images may cost and where they may come from.
@@ -102,6 +131,9 @@ pub struct Config {
     /// Its sha256 (hex), checked by each ateom. Default: not checked.
     #[serde(default)]
     pub runsc_sha256: Option<String>,
+    /// For workers of the microVM class. Default: none, which allows no such worker.
+    #[serde(default)]
+    pub microvm: Option<MicrovmConfig>,
     /// Socket of the egress proxy, handed to ateoms.
     pub egress_socket: PathBuf,
     /// Parent of the workers' control groups, relative. Default: `substrate`.
@@ -182,6 +214,7 @@ impl Config {
             ateom_binary,
             runsc,
             runsc_sha256: None,
+            microvm: None,
             egress_socket: run.join("egress.sock"),
             cgroup: default_cgroup(),
             image_limits: ImageLimits::default(),
@@ -206,6 +239,12 @@ impl Config {
             }
             if !seen.insert(&worker.id) {
                 return Err(Error::Config(format!("workers: id {:?} is named twice", worker.id)));
+            }
+            if worker.class == WorkerClass::Microvm && self.microvm.is_none() {
+                return Err(Error::Config(format!(
+                    "workers: {} is of the class microvm, but the key microvm is missing",
+                    worker.id
+                )));
             }
         }
         for (name, path) in [

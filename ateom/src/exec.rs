@@ -176,7 +176,7 @@ async fn serve(
     input: impl Stream<Item = Result<ExecInput, Status>> + Send + Unpin + 'static,
     sender: Sender,
 ) {
-    let ExecProcess { started, mut exit, signals } = process;
+    let ExecProcess { started, mut exit, signals, resizes } = process;
     // Dropped, and with them the signals' sender, when this function returns: that kills what still runs.
     let mut helpers = JoinSet::new();
     let mut outputs = JoinSet::new();
@@ -193,7 +193,7 @@ async fn serve(
     if let Some(stderr) = ends.stderr {
         outputs.spawn(copy_out(stderr, Output::Stderr, Arc::clone(&pass), sender.clone()));
     }
-    helpers.spawn(copy_in(ends.stdin, ends.terminal, input, signals.clone(), Arc::clone(&pass)));
+    helpers.spawn(copy_in(ends.stdin, ends.terminal, input, signals.clone(), resizes, Arc::clone(&pass)));
     let result = tokio::select! {
         result = &mut exit => result,
         () = sender.closed() => return,
@@ -239,6 +239,7 @@ async fn copy_in(
     terminal: bool,
     mut input: impl Stream<Item = Result<ExecInput, Status>> + Send + Unpin,
     signals: mpsc::Sender<i32>,
+    resizes: Option<mpsc::Sender<(u16, u16)>>,
     pass: Arc<Pass>,
 ) {
     /// What a terminal takes for the end of input (VEOF, termios(3)).
@@ -266,6 +267,11 @@ async fn copy_in(
                 }
             }
             (Some(Input::Resize(size)), Some(open)) if terminal => {
+                if let Some(resizes) = &resizes {
+                    let bounded = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
+                    // Its process may be gone.
+                    let _ = resizes.send((bounded(size.rows), bounded(size.columns))).await;
+                }
                 if let Err(error) = resize(open.get_ref(), size) {
                     tracing::debug!(%error, "cannot resize a terminal");
                 }

@@ -193,6 +193,11 @@ impl Runtime for Gvisor {
         &self.description
     }
 
+    fn overhead_bytes(&self) -> u64 {
+        // Sentry, gofers, this crate's launcher.
+        96 << 20
+    }
+
     fn validate(&self, spec: &SandboxSpec) -> Result<(), SlotError> {
         bundle::validate(spec)
     }

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  node agent ── gRPC ──▶ service ──▶ slot (one task) ──▶ state (pure)
-//!                                      │ └ work ──▶ runtime ◀── gvisor (runsc)
+//!                                      │ └ work ──▶ runtime ◀── gvisor (runsc), microvm (VMM, agent)
 //!  router ── ingress.sock ─▶ ingress ──┤                 │
 //!  actor ─── TCP, DNS, :80 ▶ egress,   occupancy         └─▶ launcher ─▶ processes in the actor's cgroup
 //!                            dns, nflog, endpoint
@@ -22,6 +22,7 @@ pub mod gvisor;
 pub mod ingress;
 pub mod launcher;
 pub mod lease;
+pub mod microvm;
 mod mounts;
 pub mod netlink;
 pub mod network;

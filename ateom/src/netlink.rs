@@ -171,6 +171,16 @@ impl Netlink {
         self.request(&format!("make veth {name}"), message)
     }
 
+    /// Gives a link its address.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn set_mac(&mut self, index: u32, mac: Mac) -> Result<()> {
+        let message =
+            Message::new(libc::RTM_SETLINK, 0, &link_header(index, 0)).with(libc::IFLA_ADDRESS, &mac);
+        self.request("set a link's address", message)
+    }
+
     /// Turns off automatic IPv6 link-local addresses (and with them duplicate detection and its delays), then brings
     /// the link up.
     ///

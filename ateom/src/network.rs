@@ -14,6 +14,9 @@
 //! activation are the elements of two sets. Refusals happen in PREROUTING: a namespace that does not forward drops
 //! what it has no route for before its other hooks, silently, and software would hang.
 //!
+//! A microVM has a tap in place of the veth: its network card is the actor's end, `wk0` is the tap itself. Its actor
+//! namespace stays empty and holds only the VMM's process. The tap comes up last ([`open_link`]).
+//!
 //! Addresses and link addresses are the same on every worker, so nothing inside an actor changes when it moves.
 //! A namespace is held by a descriptor, not by a mount: it goes with its last user and cannot be left behind.
 use std::fmt::Write as _;
@@ -47,11 +50,14 @@ pub const EGRESS_PORT: u16 = 15001;
 /// Group of `nft log` for refused packets.
 pub const LOG_GROUP: u16 = 5;
 
-const V4_PREFIX: u8 = 30;
-const V6_PREFIX: u8 = 64;
+/// Of the IPv4 addresses, bits.
+pub const V4_PREFIX: u8 = 30;
+/// Of the IPv6 addresses, bits.
+pub const V6_PREFIX: u8 = 64;
 // Locally administered, and the same everywhere: a restored guest keeps its neighbour cache.
 const WORKER_MAC: Mac = [0x02, 0x17, 0, 0, 0, 0x01];
-const ACTOR_MAC: Mac = [0x02, 0x17, 0, 0, 0, 0x02];
+/// Of the actor's end.
+pub const ACTOR_MAC: Mac = [0x02, 0x17, 0, 0, 0, 0x02];
 
 /// Why a slot's network could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -141,31 +147,51 @@ impl Namespace {
     }
 }
 
-/// Builds the actor's namespace afresh, with the veth into this process's own; replaces what an earlier activation
+/// How a sandbox is linked to the worker's namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkKind {
+    /// By a veth, whose other end is in the actor's namespace, ready for use.
+    Veth,
+    /// By a tap for a virtual network card. Down until [`open_link`].
+    Tap,
+}
+
+/// The actor's namespace, and the descriptor of its tap.
+#[derive(Debug)]
+pub struct Link {
+    /// The namespace.
+    pub namespace: Namespace,
+    /// With [`LinkKind::Tap`].
+    pub tap: Option<OwnedFd>,
+}
+
+fn route_socket() -> Result<Netlink> {
+    Netlink::route().map_err(|source| NetworkError::Namespace { action: "open a netlink socket", source })
+}
+
+/// Builds the actor's namespace afresh, with the link into this process's own; replaces what an earlier activation
 /// left of it.
 ///
 /// # Errors
 /// See [`NetworkError`].
-pub async fn build_actor_namespace() -> Result<Namespace> {
-    blocking(|| {
-        let open = || {
-            Netlink::route()
-                .map_err(|source| NetworkError::Namespace { action: "open a netlink socket", source })
-        };
-        let mut worker = open()?;
+pub async fn build_actor_namespace(kind: LinkKind) -> Result<Link> {
+    blocking(move || {
+        let mut worker = route_socket()?;
         worker.delete_link(WORKER_LINK)?;
         let (namespace, mut actor) = Namespace::make(move |_| {
-            let mut netlink = open()?;
+            let mut netlink = route_socket()?;
             netlink.bring_up(LOOPBACK)?;
             Ok(netlink)
         })?;
+        if kind == LinkKind::Tap {
+            let tap = crate::sys::make_tap(WORKER_LINK)
+                .map_err(|source| NetworkError::Namespace { action: "make a tap (/dev/net/tun)", source })?;
+            let index = worker.link_index(WORKER_LINK)?;
+            worker.set_mac(index, WORKER_MAC)?;
+            return Ok(Link { namespace, tap: Some(tap) });
+        }
         worker.add_veth(WORKER_LINK, WORKER_MAC, ACTOR_LINK, ACTOR_MAC, namespace.fd.as_fd())?;
-        let index = nix::net::if_::if_nametoindex(WORKER_LINK).map_err(namespace_error("find link wk0"))?;
-        worker.bring_up(index)?;
-        worker.add_address(index, WORKER_V4.into(), V4_PREFIX)?;
-        worker.add_address(index, WORKER_V6.into(), V6_PREFIX)?;
-        worker.add_neighbour(index, ACTOR_V4.into(), ACTOR_MAC)?;
-        worker.add_neighbour(index, ACTOR_V6.into(), ACTOR_MAC)?;
+        address_worker(&mut worker)?;
         // In a fresh namespace lo is 1 and the first link that arrives keeps its index only if it is free there, so
         // it is asked for.
         let index = actor.link_index(ACTOR_LINK)?;
@@ -174,12 +200,30 @@ pub async fn build_actor_namespace() -> Result<Namespace> {
         actor.add_address(index, ACTOR_V6.into(), V6_PREFIX)?;
         actor.add_default_route(index, WORKER_V4.into())?;
         actor.add_default_route(index, WORKER_V6.into())?;
-        Ok(namespace)
+        Ok(Link { namespace, tap: None })
     })
     .await
 }
 
-/// Removes the veth, so that no packet of a past activation arrives any more.
+/// Brings the worker's end of a link up, with its addresses.
+fn address_worker(worker: &mut Netlink) -> Result<()> {
+    let index = nix::net::if_::if_nametoindex(WORKER_LINK).map_err(namespace_error("find link wk0"))?;
+    worker.bring_up(index)?;
+    worker.add_address(index, WORKER_V4.into(), V4_PREFIX)?;
+    worker.add_address(index, WORKER_V6.into(), V6_PREFIX)?;
+    worker.add_neighbour(index, ACTOR_V4.into(), ACTOR_MAC)?;
+    Ok(worker.add_neighbour(index, ACTOR_V6.into(), ACTOR_MAC)?)
+}
+
+/// Lets packets pass between an actor with a tap and the worker's namespace.
+///
+/// # Errors
+/// See [`NetworkError`].
+pub async fn open_link() -> Result<()> {
+    blocking(|| address_worker(&mut route_socket()?)).await
+}
+
+/// Removes the link, so that no packet of a past activation arrives any more.
 ///
 /// # Errors
 /// [`NetworkError::Netlink`].

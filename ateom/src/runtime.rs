@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a slot asks of a sandbox class. gVisor implements it; a microVM class will.
+//! What a slot asks of a sandbox class: gVisor's or a microVM's.
 //!
 //! The slot owns order, generations, lease, gate, namespaces and control groups; a runtime owns how one sandbox is
 //! made, saved and brought back in the place it is given. Everything a runtime starts must be started through the
 //! place's [`Launcher`], so that it is born in the actor's control group and dies with it: no call here has to be
 //! made for a sandbox to be gone.
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::children::Exit;
 use crate::error::SlotError;
 use crate::launcher::{LaunchError, Launcher, Streams};
+use crate::network::LinkKind;
 
 /// Where one sandbox lives, made for it alone.
 #[derive(Debug)]
@@ -26,8 +28,10 @@ pub struct Place {
     pub directory: PathBuf,
     /// Starts processes in its control group.
     pub launcher: Launcher,
-    /// Path of the actor's network namespace, with its link and addresses in place.
+    /// Path of the actor's network namespace; with a veth, its link and addresses are in place.
     pub network_namespace: PathBuf,
+    /// The link of a class that asked for a tap.
+    pub tap: Option<OwnedFd>,
 }
 
 /// What a runtime is, for scheduling and for people.
@@ -115,6 +119,8 @@ pub struct ExecProcess {
     pub exit: oneshot::Receiver<Result<Exit, RuntimeError>>,
     /// Signal numbers for it.
     pub signals: mpsc::Sender<i32>,
+    /// Rows and columns, where the terminal that counts is not the one whose descriptors it was given.
+    pub resizes: Option<mpsc::Sender<(u16, u16)>>,
 }
 
 /// A class of sandboxes.
@@ -122,6 +128,14 @@ pub struct ExecProcess {
 pub trait Runtime: Send + Sync + 'static {
     /// What it is.
     fn describe(&self) -> &Description;
+
+    /// How its sandboxes are linked to the worker's namespace.
+    fn link(&self) -> LinkKind {
+        LinkKind::Veth
+    }
+
+    /// Bytes that a sandbox itself needs beside what its workload may use.
+    fn overhead_bytes(&self) -> u64;
 
     /// Whether a spec can be run at all, before anything is touched.
     ///
@@ -177,7 +191,7 @@ pub trait Sandbox: Send + Sync + 'static {
 /// As [`Sandbox::exec`].
 pub async fn run_quietly(sandbox: &dyn Sandbox, request: ExecRequest) -> Result<Exit, RuntimeError> {
     let streams = Streams::null().map_err(file_error("open", Path::new("/dev/null")))?;
-    let ExecProcess { exit, signals: _keep, started: _ } = sandbox.exec(request, streams).await?;
+    let ExecProcess { exit, signals: _keep, started: _, resizes: _ } = sandbox.exec(request, streams).await?;
     match exit.await {
         Ok(result) => result,
         Err(_) => Err(RuntimeError::Failed("the sandbox ended meanwhile".to_owned())),

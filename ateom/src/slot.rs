@@ -394,6 +394,7 @@ impl Task {
             cgroup: activation.cgroup.clone(),
             children: self.config.children.clone(),
             rules: Arc::clone(&self.rules),
+            overhead_bytes: self.config.runtime.overhead_bytes(),
             load_egress,
             events: self.events.clone(),
             internal: self.internal.clone(),

@@ -14,6 +14,9 @@ mod ioctl {
 
     nix::ioctl_write_int_bad!(tiocsctty, libc::TIOCSCTTY);
     nix::ioctl_write_ptr_bad!(tiocswinsz, libc::TIOCSWINSZ, libc::winsize);
+    nix::ioctl_read_bad!(tiocgwinsz, libc::TIOCGWINSZ, libc::winsize);
+    // linux/if_tun.h
+    nix::ioctl_write_ptr_bad!(tunsetiff, 0x4004_54ca, libc::ifreq);
 }
 
 /// A descriptor that becomes readable when the process ends (pidfd_open(2)).
@@ -76,4 +79,32 @@ pub(crate) fn set_terminal_size(terminal: BorrowedFd<'_>, rows: u16, columns: u1
     // SAFETY: `size` lives through the call, which only reads it.
     unsafe { ioctl::tiocswinsz(terminal.as_fd().as_raw_fd(), &raw const size) }?;
     Ok(())
+}
+
+/// Rows and columns of a terminal.
+///
+/// # Errors
+/// ENOTTY when `terminal` is none.
+pub(crate) fn terminal_size(terminal: BorrowedFd<'_>) -> io::Result<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: `size` lives through the call, which fills it.
+    unsafe { ioctl::tiocgwinsz(terminal.as_raw_fd(), &raw mut size) }?;
+    Ok((size.ws_row, size.ws_col))
+}
+
+/// Makes a tap in the calling thread's network namespace; it goes with the last copy of the descriptor (tuntap(4)).
+///
+/// # Errors
+/// EBUSY when the name is taken; ENOENT without the tun driver.
+pub(crate) fn make_tap(name: &str) -> io::Result<OwnedFd> {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: a structure of integers and arrays of them, for which zeros are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: `request` lives through the call, which only reads it.
+    unsafe { ioctl::tunsetiff(file.as_raw_fd(), &raw const request) }?;
+    Ok(file.into())
 }

@@ -682,7 +682,7 @@ mod tests {
     #[test]
     fn wrong_usage_is_code_2() {
         for line in [
-            "substrate up --workers 0",
+            "substrate up --workers 1025",
             "substrate up --listen nowhere",
             "substrate get nothing",
             "substrate revert alice",

@@ -263,21 +263,25 @@ fn mounts(
         read_only: true,
         kind: "bind".to_owned(),
         late_bound: true,
+        size_bytes: 0,
     }];
     for (nth, mount) in container.volume_mounts.iter().enumerate() {
         let field = format!("containers[{at}].volumeMounts[{nth}]");
-        if !template.volumes.iter().any(|volume| volume.name == mount.volume) {
+        let Some(volume) = template.volumes.iter().find(|volume| volume.name == mount.volume) else {
             return Err(NodeError::invalid(
                 format!("{field}.volume"),
                 format!("no volume is named {:?}", mount.volume),
             ));
-        }
+        };
+        let size_bytes =
+            quantity::bytes(&volume.size).map_err(|rule| NodeError::invalid("volumes.size", rule))?;
         mounts.push(Mount {
             source: places.volumes.join(&mount.volume).display().to_string(),
             destination: inside(&format!("{field}.path"), &mount.path)?,
             read_only: mount.read_only,
             kind: "bind".to_owned(),
             late_bound: false,
+            size_bytes,
         });
     }
     for (nth, mount) in container.image_mounts.iter().enumerate() {
@@ -292,6 +296,7 @@ fn mounts(
             read_only: true,
             kind: "bind".to_owned(),
             late_bound: false,
+            size_bytes: 0,
         });
     }
     for (path, source) in &places.files {
@@ -301,6 +306,7 @@ fn mounts(
             read_only: true,
             kind: "bind".to_owned(),
             late_bound: true,
+            size_bytes: 0,
         });
     }
     let mut seen = BTreeSet::new();

@@ -29,6 +29,7 @@
 //! **What a sandbox sees** is the mount at [`Image::rootfs`], in this process's mount namespace. It stays as long as
 //! an [`Image`] is held, or the caller lists its digest as in use when it collects.
 mod auth;
+mod erofs;
 mod error;
 mod index;
 mod layer;
@@ -45,6 +46,7 @@ mod tarball;
 mod tree;
 mod user;
 
+pub use erofs::ErofsImages;
 pub use error::ImageError;
 pub use index::{Collected, Usage, unmount_all};
 pub use layer::Limits;

@@ -27,6 +27,7 @@ use tonic::Status;
 
 use super::{Node, answers};
 use crate::actor::resolve::{self, ImageFacts};
+use crate::config::WorkerClass;
 use crate::error::{NodeError, actor_name};
 use crate::image::{Image, ImageError, Reference};
 use crate::snapshot::node::{NodeSnapshot, Pin};
@@ -191,7 +192,7 @@ impl Node {
         let mut steps = Steps::begin();
         self.disk.admit("starting an actor", START_BYTES)?;
         let (images, ready) = futures::try_join!(
-            self.local_images(assignment, template),
+            self.local_images(worker.class, assignment, template),
             self.local_snapshot(assignment, request.snapshot.as_ref())
         )?;
         steps.done("fetch");
@@ -313,11 +314,18 @@ impl Node {
     /// Makes the images of all containers local, side by side.
     async fn local_images(
         &self,
+        class: WorkerClass,
         assignment: &Assignment,
         template: &TemplateSpec,
     ) -> Result<Vec<(String, Vec<Image>, ImageFacts)>, NodeError> {
         try_join_all(template.containers.iter().map(|container| async {
             let failed = |source: ImageError| NodeError::Image { container: container.name.clone(), source };
+            if class == WorkerClass::Microvm && !container.image_mounts.is_empty() {
+                return Err(NodeError::invalid(
+                    format!("container {}: imageMounts", container.name),
+                    "are not possible in a microVM yet: use sandboxClass gvisor",
+                ));
+            }
             let reference: Reference = container.image.parse().map_err(failed)?;
             let image = self.images.ensure(&assignment.atespace, &reference, |_| {}).await.map_err(failed)?;
             let run_as = container
@@ -325,6 +333,10 @@ impl Node {
                 .as_ref()
                 .map(|security| security.run_as.clone())
                 .unwrap_or_default();
+            let rootfs = match class {
+                WorkerClass::Gvisor => image.rootfs.clone(),
+                WorkerClass::Microvm => self.erofs.ensure(&image).await.map_err(failed)?,
+            };
             let resolving = image.clone();
             let user = crate::blocking(move || resolving.user(Some(&run_as))).await.map_err(failed)?;
             let mounted = try_join_all(container.image_mounts.iter().map(|mount| async {
@@ -335,7 +347,7 @@ impl Node {
             .map_err(failed)?;
             let facts = ImageFacts {
                 digest: image.digest.to_string(),
-                rootfs: image.rootfs.clone(),
+                rootfs,
                 entrypoint: image.config.entrypoint.clone(),
                 cmd: image.config.cmd.clone(),
                 env: image.config.env.clone(),

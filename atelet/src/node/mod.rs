@@ -22,7 +22,7 @@ use crate::actor::place::ActorPlaces;
 use crate::disk::Disk;
 use crate::error::NodeError;
 use crate::flight::Flights;
-use crate::image::{Image, ImageStore};
+use crate::image::{ErofsImages, Image, ImageStore};
 use crate::lease::{Granted, Lease};
 use crate::logs::Logs;
 use crate::snapshot::node::NodeSnapshots;
@@ -48,6 +48,7 @@ pub(crate) struct Node {
     config: Config,
     boot_id: String,
     images: ImageStore,
+    erofs: ErofsImages,
     snapshots: NodeSnapshots,
     durable: Durable,
     places: ActorPlaces,

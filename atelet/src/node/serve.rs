@@ -30,7 +30,7 @@ use crate::blob::{self, BlobError, BlobStore};
 use crate::config::cores;
 use crate::disk::Disk;
 use crate::flight::Flights;
-use crate::image::ImageStore;
+use crate::image::{ErofsImages, ImageStore};
 use crate::logs::Logs;
 use crate::snapshot::FileKeyStore;
 use crate::snapshot::node::NodeSnapshots;
@@ -75,6 +75,7 @@ pub async fn serve(
     };
     let store = open_store(&config).await?;
     let images = ImageStore::open(config.image_limits.store(config.dir.join("images"))).await?;
+    let erofs = ErofsImages::open(config.dir.join("erofs"))?;
     let hierarchy = Hierarchy::detect()?;
     let settings = Arc::new(settings(&config));
     let stop = CancellationToken::new();
@@ -89,14 +90,8 @@ pub async fn serve(
                     node.take_news(id, news);
                 }
             });
-            let (handle, task) = Worker::supervise(
-                Arc::clone(&settings),
-                &hierarchy,
-                &worker.id,
-                &worker.pool,
-                listener,
-                stop.clone(),
-            );
+            let (handle, task) =
+                Worker::supervise(Arc::clone(&settings), &hierarchy, worker, listener, stop.clone());
             tasks.push(task);
             workers.insert(worker.id.clone(), handle);
         }
@@ -105,6 +100,7 @@ pub async fn serve(
         Node {
             boot_id,
             images,
+            erofs,
             snapshots,
             durable,
             places,
@@ -239,6 +235,7 @@ fn settings(config: &Config) -> Settings {
         ateom: config.ateom_binary.clone(),
         runsc: config.runsc.clone(),
         runsc_sha256: config.runsc_sha256.clone(),
+        microvm: config.microvm.clone(),
         egress_socket: config.egress_socket.clone(),
         cgroup: config.cgroup.clone(),
         start_limit: Duration::from_millis(config.worker_start_ms),

@@ -37,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::config::{MicrovmConfig, WorkerClass, WorkerConfig};
 use crate::error::NodeError;
 
 pub mod process;
@@ -69,6 +70,8 @@ pub struct Settings {
     pub runsc: PathBuf,
     /// Handed on.
     pub runsc_sha256: Option<String>,
+    /// For workers of the microVM class.
+    pub microvm: Option<MicrovmConfig>,
     /// Handed on.
     pub egress_socket: PathBuf,
     /// Parent of the workers' control groups.
@@ -78,7 +81,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn launch(&self, id: &str, pool: &str) -> Launch {
+    fn launch(&self, id: &str, pool: &str, class: WorkerClass) -> Launch {
         let path = |path: &Path| path.display().to_string();
         let mut args = vec![
             "--worker-id".to_owned(),
@@ -89,17 +92,30 @@ impl Settings {
             path(&self.state.join(id)),
             "--run-dir".to_owned(),
             path(&self.run.join(id)),
-            "--runsc".to_owned(),
-            path(&self.runsc),
             "--egress-socket".to_owned(),
             path(&self.egress_socket),
             "--cgroup".to_owned(),
             format!("{}/{id}", self.cgroup),
         ];
-        if let Some(sha256) = &self.runsc_sha256 {
-            args.extend(["--runsc-sha256".to_owned(), sha256.clone()]);
-        }
-        Launch { program: self.ateom.clone(), args, log: self.log(id), note: self.note(id) }
+        let program = match &self.microvm {
+            Some(microvm) if class == WorkerClass::Microvm => {
+                args.extend(["--qemu".to_owned(), path(&microvm.qemu)]);
+                args.extend(["--kernel".to_owned(), path(&microvm.kernel)]);
+                if let Some(sha256) = &microvm.qemu_sha256 {
+                    args.extend(["--qemu-sha256".to_owned(), sha256.clone()]);
+                }
+                &microvm.ateom_binary
+            }
+            // A class without its settings is refused with the configuration.
+            _ => {
+                args.extend(["--runsc".to_owned(), path(&self.runsc)]);
+                if let Some(sha256) = &self.runsc_sha256 {
+                    args.extend(["--runsc-sha256".to_owned(), sha256.clone()]);
+                }
+                &self.ateom
+            }
+        };
+        Launch { program: program.clone(), args, log: self.log(id), note: self.note(id) }
     }
 
     /// What a worker says.
@@ -192,6 +208,8 @@ pub struct Worker {
     pub id: String,
     /// Pool it belongs to.
     pub pool: String,
+    /// What it runs.
+    pub class: WorkerClass,
     socket: PathBuf,
     view: watch::Receiver<View>,
 }
@@ -201,25 +219,25 @@ impl Worker {
     pub fn supervise(
         settings: Arc<Settings>,
         hierarchy: &Arc<Hierarchy>,
-        id: &str,
-        pool: &str,
+        worker: &WorkerConfig,
         listener: Listener,
         stop: CancellationToken,
     ) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, view) =
             watch::channel(View { trouble: "it is being started".into(), ..View::default() });
-        let socket = settings.socket(id);
+        let socket = settings.socket(&worker.id);
         let task = Task {
-            group: settings.group(hierarchy, id),
+            group: settings.group(hierarchy, &worker.id),
             settings,
-            id: id.to_owned(),
-            pool: pool.to_owned(),
+            id: worker.id.clone(),
+            pool: worker.pool.clone(),
+            class: worker.class,
             view: sender,
             listener,
             stop,
         };
         let handle = tokio::spawn(task.run());
-        (Self { id: id.to_owned(), pool: pool.to_owned(), socket, view }, handle)
+        (Self { id: worker.id.clone(), pool: worker.pool.clone(), class: worker.class, socket, view }, handle)
     }
 
     /// Now.
@@ -277,6 +295,7 @@ struct Task {
     group: Cgroup,
     id: String,
     pool: String,
+    class: WorkerClass,
     view: watch::Sender<View>,
     listener: Listener,
     stop: CancellationToken,
@@ -366,7 +385,7 @@ impl Task {
 
     /// The worker's process: the noted one, or a new one after whatever is left was fenced.
     async fn obtain(&self) -> Result<Process, String> {
-        let launch = self.settings.launch(&self.id, &self.pool);
+        let launch = self.settings.launch(&self.id, &self.pool, self.class);
         if let Some(process) = Process::adopt(&launch.note) {
             tracing::info!(worker = self.id, pid = process.identity.pid, "adopted");
             return Ok(process);

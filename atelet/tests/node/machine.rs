@@ -66,7 +66,11 @@ impl Machine {
         let stub = std::env::current_exe().unwrap().parent().unwrap().join("../examples/stub-ateom");
         assert!(stub.exists(), "build it: cargo build -p atelet --example stub-ateom");
         let workers = (1..=workers)
-            .map(|number| WorkerConfig { id: format!("w{number}"), pool: "default".into() })
+            .map(|number| WorkerConfig {
+                id: format!("w{number}"),
+                pool: "default".into(),
+                class: atelet::WorkerClass::Gvisor,
+            })
             .collect();
         let run = dir.path().join("run");
         let mut config = Config::for_machine(

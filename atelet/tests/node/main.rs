@@ -162,7 +162,8 @@ async fn workers_outlive_the_agent_and_are_adopted() {
     // Another agent on the same directory is refused while this one runs.
     let (ready, _) = tokio::sync::oneshot::channel();
     let second =
-        atelet::serve(machine.config.clone(), ready, tokio_util::sync::CancellationToken::new()).await;
+        Box::pin(atelet::serve(machine.config.clone(), ready, tokio_util::sync::CancellationToken::new()))
+            .await;
     assert!(matches!(second, Err(atelet::Error::Locked(_))), "{second:?}");
     node.stop().await;
     let error = atelet::stop_workers(&machine.config).await.unwrap_err().to_string();

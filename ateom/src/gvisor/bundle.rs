@@ -315,6 +315,7 @@ mod tests {
                 read_only: true,
                 kind: "bind".into(),
                 late_bound: true,
+                size_bytes: 0,
             }],
             ..ResolvedContainer::default()
         }
@@ -378,6 +379,7 @@ mod tests {
             read_only: true,
             kind: "bind".into(),
             late_bound: false,
+            size_bytes: 0,
         });
         let spec = workload_spec(&container, Path::new("/etc-of-ours"), Path::new("/netns"));
         let at = |destination: &str| {

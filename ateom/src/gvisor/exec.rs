@@ -84,7 +84,7 @@ impl GvisorSandbox {
             // Nobody may be waiting any more.
             drop(exit_sender.send(result));
         });
-        Ok(ExecProcess { started: started_receiver, exit, signals })
+        Ok(ExecProcess { started: started_receiver, exit, signals, resizes: None })
     }
 
     /// Waits for a container's own end.

@@ -16,15 +16,14 @@ use crate::cgroup::{Cgroup, Limits, blocking};
 use crate::children::Children;
 use crate::error::SlotError;
 use crate::launcher::Launcher;
-use crate::network::{build_actor_namespace, egress_elements, load_rules, remove_link};
+use crate::network::{Link, build_actor_namespace, egress_elements, load_rules, remove_link};
 use crate::occupancy::Occupancy;
 use crate::readiness::Probe;
 use crate::runtime::{ExecRequest, Place, Runtime, RuntimeError, Sandbox, Steps, run_quietly};
 
 /// How long a hook may take (design section 9).
 const HOOK_LIMIT: Duration = Duration::from_secs(5);
-/// What the sandbox itself needs beside the workload (sentry, gofers, this crate's launcher), bytes and tasks.
-const OVERHEAD_BYTES: u64 = 96 << 20;
+/// Tasks of the sandbox itself beside the workload's.
 const OVERHEAD_TASKS: u64 = 512;
 /// Between attempts to wait for a workload's end.
 const WAIT_AGAIN: Duration = Duration::from_secs(1);
@@ -67,11 +66,12 @@ async fn build(
     std::fs::create_dir_all(directory)
         .map_err(|error| format!("cannot create {}: {error}", directory.display()))?;
     cgroup.ensure().map_err(|error| error.to_string())?;
-    let (launcher, namespace) =
-        tokio::join!(Launcher::start(&config.children, cgroup), build_actor_namespace());
+    let (launcher, link) =
+        tokio::join!(Launcher::start(&config.children, cgroup), build_actor_namespace(config.runtime.link()));
     let launcher = launcher.map_err(|error| error.to_string())?;
-    let namespace = namespace.map_err(|error| error.to_string())?;
-    let place = Place { directory: directory.to_owned(), launcher, network_namespace: namespace.path() };
+    let Link { namespace, tap } = link.map_err(|error| error.to_string())?;
+    let network_namespace = namespace.path();
+    let place = Place { directory: directory.to_owned(), launcher, network_namespace, tap };
     let sandbox = config.runtime.prepare(place).await.map_err(|error| error.to_string())?;
     tracing::debug!(number, ms = before.elapsed().as_millis(), "prepared a sandbox");
     Ok(Activation {
@@ -168,6 +168,7 @@ pub(super) struct StartWork {
     pub(super) cgroup: Cgroup,
     pub(super) children: Children,
     pub(super) rules: Arc<Mutex<()>>,
+    pub(super) overhead_bytes: u64,
     pub(super) load_egress: bool,
     pub(super) events: broadcast::Sender<slot_event::Event>,
     pub(super) internal: mpsc::Sender<Internal>,
@@ -187,7 +188,7 @@ impl StartWork {
         self.cgroup
             .set_limits(Limits {
                 cpu_millis: non_zero(spec.cpu_millis),
-                memory_bytes: non_zero(spec.memory_bytes).map(|bytes| bytes + OVERHEAD_BYTES),
+                memory_bytes: non_zero(spec.memory_bytes).map(|bytes| bytes + self.overhead_bytes),
                 pids: non_zero(u64::from(spec.pids)).map(|pids| pids + OVERHEAD_TASKS),
             })
             .map_err(|error| SlotError::StartFailed(error.to_string()))?;

@@ -166,6 +166,7 @@ impl Worker {
                 read_only: true,
                 kind: "bind".into(),
                 late_bound: true,
+                size_bytes: 0,
             }],
             log_path: self.dir.path().join("logs/counter.log").display().to_string(),
             ..ResolvedContainer::default()

@@ -11,8 +11,18 @@ use super::{DEFAULT_DIR, key_value};
 #[derive(Debug, Clone, Default, ClapArgs)]
 pub struct Up {
     /// Worker slots: how many actors can run at once [default: twice the cores, at least 2]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1024))]
     pub workers: Option<u32>,
+    /// Worker slots for templates of the class microvm [default: 0]; docs/microvm.md
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1024))]
+    pub microvm_workers: Option<u32>,
+    /// The QEMU of microVMs [default: from PATH]
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+    /// Directory of the kernel of microVMs: vmlinuz, modules/ [default: $SUBSTRATE_KERNEL, target/tools/microvm of
+    /// the workspace, /usr/lib/substrate/microvm]
+    #[arg(long, value_name = "DIR")]
+    pub kernel: Option<PathBuf>,
     /// Where everything is kept [default: /var/lib/substrate]
     #[arg(long, value_name = "DIR", env = "SUBSTRATE_DIR")]
     pub dir: Option<PathBuf>,

@@ -342,7 +342,8 @@ async fn start_up(
     command
         .arg("up")
         .arg("--json")
-        .args(["--workers", &WORKERS.to_string(), "--listen", "127.0.0.1:0", "--log", "debug"])
+        .args(workers_of(&options.class))
+        .args(["--listen", "127.0.0.1:0", "--log", "debug"])
         .args(["--egress-resolver", &internet.addresses.dns().to_string()])
         .arg("--dir")
         .arg(scratch.join("d"))
@@ -383,6 +384,12 @@ async fn start_up(
             Err(Failure::general(format!("substrate up was not ready within {} s", UP_PATIENCE.as_secs())))
         }
     }
+}
+
+/// All workers are of the demo's class.
+fn workers_of(class: &str) -> [String; 4] {
+    let (gvisor, microvm) = if class == "microvm" { (0, WORKERS) } else { (WORKERS, 0) };
+    ["--workers".to_owned(), gvisor.to_string(), "--microvm-workers".to_owned(), microvm.to_string()]
 }
 
 async fn connect(info: &UpInfo) -> Result<(Control, Gateway, String), Failure> {

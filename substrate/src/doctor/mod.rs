@@ -4,8 +4,10 @@
 //! ```text
 //!  probe (looks at the machine) ──▶ Facts ──▶ check (pure) ──▶ checks ──▶ table, JSON, or up's preflight
 //! ```
+mod microvm;
 mod probe;
 
+pub use microvm::{Microvm, Named};
 pub use probe::{Runtime, gather, runtime, workspace};
 
 use std::path::PathBuf;
@@ -41,6 +43,8 @@ pub struct Facts {
     pub runsc: Result<Runsc, String>,
     /// ateom-gvisor, or why it was not found.
     pub ateom: Result<PathBuf, String>,
+    /// What the microVM class needs, or why it cannot be used.
+    pub microvm: Result<Microvm, String>,
     /// First line of `nft --version`, or why there is none.
     pub nft: Result<String, String>,
     /// Whether `nft list tables` works; not tried without root.
@@ -136,6 +140,7 @@ pub fn check(facts: &Facts) -> Vec<Check> {
         check_kernel(facts),
         check_runsc(facts),
         check_ateom(facts),
+        microvm::check(facts),
         check_nft(facts),
         check_cgroup(facts),
         check_controllers(facts),
@@ -378,7 +383,8 @@ pub fn preflight(checks: &[Check]) -> Result<(), Failure> {
 
 /// `substrate doctor`. Exit code 1 when something is missing.
 pub async fn run(options: &Doctor, global: &Global) -> Result<ExitCode, Failure> {
-    let facts = gather(&options.dir, options.runsc.as_deref(), options.ateom.as_deref()).await;
+    let facts =
+        gather(&options.dir, options.runsc.as_deref(), options.ateom.as_deref(), Named::default()).await;
     let checks = check(&facts);
     let is_ready = checks.iter().all(|check| check.verdict != Verdict::Missing);
     if global.output.is_machine() {
@@ -434,6 +440,7 @@ mod tests {
                 complaint: String::new(),
             }),
             ateom: Ok("/usr/local/bin/ateom-gvisor".into()),
+            microvm: Ok(microvm::sample()),
             nft: Ok("nftables v1.0.6".into()),
             nft_works: Some(Ok(())),
             cgroup2: Some("/sys/fs/cgroup".into()),

@@ -7,14 +7,14 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio::process::Command;
 
-use super::{Facts, Runsc};
+use super::{Facts, Named, Runsc};
 use crate::failure::{Doing as _, Failure};
 
 /// No tool takes longer to say its version.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Gathers what [`super::check`] judges.
-pub async fn gather(dir: &Path, runsc: Option<&Path>, ateom: Option<&Path>) -> Facts {
+pub async fn gather(dir: &Path, runsc: Option<&Path>, ateom: Option<&Path>, named: Named<'_>) -> Facts {
     let uid = nix::unistd::geteuid().as_raw();
     let is_root = uid == 0;
     let exe = std::env::current_exe().unwrap_or_default();
@@ -45,6 +45,7 @@ pub async fn gather(dir: &Path, runsc: Option<&Path>, ateom: Option<&Path>) -> F
         setup_script: setup_script(&exe),
         runsc,
         ateom: find_ateom(ateom, &exe),
+        microvm: super::microvm::find(named, &exe).await,
         nft,
         nft_works,
         cgroup2,
@@ -61,7 +62,7 @@ pub async fn gather(dir: &Path, runsc: Option<&Path>, ateom: Option<&Path>) -> F
 }
 
 /// Runs a tool and returns its standard output.
-async fn run(program: &str, args: &[&str]) -> Result<String, String> {
+pub(super) async fn run(program: &str, args: &[&str]) -> Result<String, String> {
     if !program.contains('/') && in_path(program).is_none() {
         return Err(format!("{program} was not found in PATH"));
     }
@@ -79,11 +80,11 @@ async fn run(program: &str, args: &[&str]) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn is_executable(path: &Path) -> bool {
+pub(super) fn is_executable(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
-fn in_path(program: &str) -> Option<PathBuf> {
+pub(super) fn in_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| is_executable(path))
 }
@@ -128,7 +129,7 @@ pub fn find_runsc(named: Option<&Path>, dir: &Path, exe: &Path) -> Result<PathBu
     })
 }
 
-fn usable(path: &Path) -> Result<PathBuf, String> {
+pub(super) fn usable(path: &Path) -> Result<PathBuf, String> {
     match path.canonicalize() {
         Err(error) => Err(format!("which cannot be used: {error}")),
         Ok(path) if is_executable(&path) => Ok(path),
@@ -205,18 +206,21 @@ pub struct Runtime {
 /// # Errors
 /// When it cannot be read.
 pub async fn runtime(runsc: &Runsc) -> Result<Runtime, Failure> {
-    let path = runsc.path.clone();
-    let doing = format!("cannot read {}", path.display());
-    let sha256 = tokio::task::spawn_blocking(move || {
+    let sha256 = sha256(&runsc.path).await.doing(|| format!("cannot read {}", runsc.path.display()))?;
+    Ok(Runtime { path: runsc.path.clone(), sha256, version: runsc.version.clone() })
+}
+
+/// sha256 (hex) of a file.
+pub(super) async fn sha256(path: &Path) -> std::io::Result<String> {
+    let path = path.to_owned();
+    tokio::task::spawn_blocking(move || {
         let mut file = std::fs::File::open(path)?;
         let mut digest = Sha256::new();
         std::io::copy(&mut file, &mut digest)?;
-        Ok::<_, std::io::Error>(hex::encode(digest.finalize()))
+        Ok(hex::encode(digest.finalize()))
     })
     .await
-    .doing(|| doing.clone())?
-    .doing(|| doing)?;
-    Ok(Runtime { path: runsc.path.clone(), sha256, version: runsc.version.clone() })
+    .map_err(std::io::Error::other)?
 }
 
 fn installer() -> Option<String> {

@@ -17,8 +17,10 @@ pub struct File {
     pub dir: Option<PathBuf>,
     /// Where sockets are. Default: `/run/substrate` for the default `dir`, else `DIR/run`.
     pub run_dir: Option<PathBuf>,
-    /// Worker slots. Default: twice the cores, at least 2.
+    /// Worker slots of the gVisor class. Default: twice the cores, at least 2.
     pub workers: Option<u32>,
+    /// Worker slots of the microVM class. Default: 0.
+    pub microvm_workers: Option<u32>,
     /// Address of the HTTP ingress. Default: `127.0.0.1:8480`.
     pub listen: Option<SocketAddr>,
     /// Actors are `ACTOR.ATESPACE.DOMAIN` to ingress. Default: `actors.localhost`.
@@ -27,6 +29,10 @@ pub struct File {
     pub runsc: Option<PathBuf>,
     /// The ateom-gvisor binary. Default: beside substrate, then PATH.
     pub ateom: Option<PathBuf>,
+    /// The QEMU of microVMs. Default: from PATH.
+    pub qemu: Option<PathBuf>,
+    /// Directory of the guests' kernel: `vmlinuz`, `modules/`. Default: looked for, see docs/microvm.md.
+    pub kernel: Option<PathBuf>,
     /// A level or tracing filter. Default: `info`.
     pub log: Option<String>,
     /// Leave workers running on exit. Default: false.
@@ -174,8 +180,12 @@ pub struct Settings {
     pub dir: PathBuf,
     /// Directory of sockets, absolute.
     pub run: PathBuf,
-    /// Worker slots.
+    /// Worker slots of the gVisor class.
     pub workers: u32,
+    /// Worker slots of the microVM class.
+    pub microvm_workers: u32,
+    /// What they need; found by `doctor`.
+    pub microvm: Option<atelet::MicrovmConfig>,
     /// Address of the HTTP ingress.
     pub listen: SocketAddr,
     /// Domain of ingress.
@@ -184,6 +194,10 @@ pub struct Settings {
     pub runsc: Option<PathBuf>,
     /// Named ateom-gvisor.
     pub ateom: Option<PathBuf>,
+    /// Named QEMU.
+    pub qemu: Option<PathBuf>,
+    /// Named directory of the guests' kernel.
+    pub kernel: Option<PathBuf>,
     /// Tracing filter.
     pub log: String,
     /// Leave workers on exit.
@@ -210,6 +224,10 @@ impl Settings {
         let driver_socket = options.driver_socket.clone().or(file.driver.socket.clone());
         let settings = Self {
             workers: options.workers.or(file.workers).unwrap_or_else(|| (cores as u32 * 2).max(2)),
+            microvm_workers: options.microvm_workers.or(file.microvm_workers).unwrap_or(0),
+            microvm: None,
+            qemu: options.qemu.clone().or(file.qemu.clone()).map(absolute),
+            kernel: options.kernel.clone().or(file.kernel.clone()).map(absolute),
             listen: options.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8480))),
             domain: file.domain.clone(),
             runsc: options.runsc.clone().or(file.runsc.clone()).map(absolute),
@@ -245,8 +263,8 @@ impl Settings {
     }
 
     fn check(&self) -> Result<(), Failure> {
-        if self.workers == 0 {
-            return Err(Failure::usage("workers is 0: give at least 1"));
+        if self.workers == 0 && self.microvm_workers == 0 {
+            return Err(Failure::usage("workers and microvm_workers are 0: give at least 1"));
         }
         let api = &self.file.api;
         if let Some(listen) = api.listen
@@ -256,7 +274,7 @@ impl Settings {
                 .with_way_out("name api.cert and api.key in the configuration file; see docs/access.md"));
         }
         // The longest that parts make below the run directory: an ateom's.
-        let worker = self.run.join(format!("workers/{}/ingress.sock", worker_id(self.workers)));
+        let worker = self.run.join(format!("workers/{}/ingress.sock", worker_id(self.all_workers())));
         for socket in [&worker, &self.driver_socket] {
             let length = socket.as_os_str().len();
             if length > substrate_proto::seam::MAX_SOCKET_PATH {
@@ -271,9 +289,19 @@ impl Settings {
         Ok(())
     }
 
-    /// Ids of the workers, from 1.
+    /// Ids of the workers of the gVisor class, from 1.
     pub fn worker_ids(&self) -> Vec<String> {
         (1..=self.workers).map(worker_id).collect()
+    }
+
+    /// Ids of the workers of the microVM class, from 1.
+    pub fn microvm_worker_ids(&self) -> Vec<String> {
+        (1..=self.microvm_workers).map(|number| format!("m{number}")).collect()
+    }
+
+    /// Worker slots of all classes.
+    pub fn all_workers(&self) -> u32 {
+        self.workers + self.microvm_workers
     }
 }
 

@@ -53,10 +53,16 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
     };
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let cwd = std::env::current_dir().doing(|| "cannot tell the current directory".to_owned())?;
-    let settings = Settings::resolve(&options, file, cores, &cwd)?;
+    let mut settings = Settings::resolve(&options, file, cores, &cwd)?;
     let mut signals = Signals::listen()?;
 
-    let facts = doctor::gather(&settings.dir, settings.runsc.as_deref(), settings.ateom.as_deref()).await;
+    let facts = doctor::gather(
+        &settings.dir,
+        settings.runsc.as_deref(),
+        settings.ateom.as_deref(),
+        doctor::Named { qemu: settings.qemu.as_deref(), kernel: settings.kernel.as_deref() },
+    )
+    .await;
     let checks = doctor::check(&facts);
     doctor::preflight(&checks)?;
     let (Ok(runsc), Ok(ateom)) = (&facts.runsc, &facts.ateom) else {
@@ -64,6 +70,13 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
             Failure::general("runsc or ateom-gvisor is missing").with_way_out("run `substrate doctor`")
         );
     };
+    if settings.microvm_workers > 0 {
+        let found = facts.microvm.as_ref().map_err(|why| {
+            Failure::general(format!("no worker of the class microvm can run: {why}"))
+                .with_way_out("run `substrate doctor`, or leave --microvm-workers out")
+        })?;
+        settings.microvm = Some(found.config.clone());
+    }
     make_dirs(&settings)?;
     let lock = lock::take(&settings.dir)?;
     check_port(settings.listen)?;
@@ -72,7 +85,7 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
         tracing::info!(check = check.name, verdict = ?check.verdict, "{}", check.message);
     }
     let runtime = doctor::runtime(runsc).await?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), dir = %settings.dir.display(), workers = settings.workers,
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), dir = %settings.dir.display(), workers = settings.all_workers(),
         runsc = %runtime.path.display(), sha256 = runtime.sha256, "starting");
 
     let mut parts = Parts::new();
@@ -203,16 +216,16 @@ async fn start(
         .doing(|| format!("cannot connect to the control plane at {}", api_socket.display()))?;
     let mut control = control(channel);
     tokio::select! {
-        alive = workers_alive(control.clone(), settings.workers) => {
+        alive = workers_alive(control.clone(), settings.all_workers()) => {
             let alive = alive?;
             let logs = settings.dir.join("logs/workers");
             if alive == 0 {
                 return Err(Failure::general(format!("no worker came up within {} s", FIRST_WORKER.as_secs()))
                     .with_way_out(format!("see why in {}", logs.display())));
             }
-            if alive < settings.workers {
-                tracing::warn!(alive, wanted = settings.workers, "not all workers are there yet; going on");
-                let wanted = settings.workers;
+            let wanted = settings.all_workers();
+            if alive < wanted {
+                tracing::warn!(alive, wanted, "not all workers are there yet; going on");
                 note(&format!("substrate: {alive} of {wanted} workers are there so far; see {}", logs.display()));
             }
         }
@@ -232,7 +245,7 @@ async fn start(
         driver_socket: settings.driver_socket.clone(),
         ingress,
         api,
-        workers: settings.workers,
+        workers: settings.all_workers(),
         runsc: runtime.path.clone(),
         runsc_sha256: runtime.sha256.clone(),
         runsc_version: runtime.version.clone(),

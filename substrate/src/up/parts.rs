@@ -10,6 +10,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use atelet::WorkerClass;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -253,8 +254,13 @@ fn driver_config(settings: &Settings, api: &str) -> Result<openshell_driver_subs
 fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -> atelet::Config {
     let given = &settings.file.node;
     let pool = given.pool.clone().unwrap_or_else(|| "default".to_owned());
+    let worker = |class| {
+        let pool = pool.clone();
+        move |id| atelet::WorkerConfig { id, pool: pool.clone(), class }
+    };
+    let gvisor = settings.worker_ids().into_iter().map(worker(WorkerClass::Gvisor));
     let workers =
-        settings.worker_ids().into_iter().map(|id| atelet::WorkerConfig { id, pool: pool.clone() }).collect();
+        gvisor.chain(settings.microvm_worker_ids().into_iter().map(worker(WorkerClass::Microvm))).collect();
     let runsc = runtime.map(|runtime| runtime.path.clone()).unwrap_or_default();
     let mut config = atelet::Config::for_machine(
         &node_name(settings),
@@ -264,6 +270,7 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
         ateom,
         runsc,
     );
+    config.microvm.clone_from(&settings.microvm);
     config.cgroup = cgroup(&settings.dir);
     config.runsc_sha256 = runtime.map(|runtime| runtime.sha256.clone());
     config.blobs = given.blobs.clone().unwrap_or(config.blobs);

@@ -1,0 +1,540 @@
+// SPDX-License-Identifier: Apache-2.0
+//! QEMU, in full: q35 with virtio on PCI, driven over QMP.
+//!
+//! ```text
+//! boot      memory file (tmpfs, shared) → start ─▶ QMP and agent connect to us → running
+//! snapshot  [stopped] migrate → device file ─▶ memory file copied without its holes
+//! restore   memory file ◀─ copy ‖ start, waiting ─▶ migrate-incoming ◀─ device file → [stopped]
+//! ```
+//! **Memory** is a file that QEMU maps shared, so a snapshot's stream holds devices only (`x-ignore-shared`) and a stop
+//! costs milliseconds at any size. A machine that is restored runs on a copy of its own: mapped privately, it would put
+//! all its memory into the stream of the next snapshot.
+//!
+//! **TCG** is what works everywhere. The flags were measured: no VM ports, SMBus, SATA, USB; a small translation cache;
+//! a named processor with a fixed set of features; the HPET as clock source. The machine type is a versioned one.
+//!
+//! **The process** has an empty network namespace, no new privileges, QEMU's own system call filter, and is `nobody`
+//! from the end of its start: every file is opened before, or handed over as a descriptor.
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use serde_json::json;
+use substrate_proto::ateom::SnapshotFile;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+
+use super::jail;
+use super::memory;
+use super::qmp::{Qmp, QmpError};
+use super::spec::Machine;
+use super::vmm::{Capabilities, Home, Kernel, Vm, Vmm};
+use crate::cgroup::blocking;
+use crate::launcher::Streams;
+use crate::microvm::MicrovmError;
+use crate::network::ACTOR_MAC;
+use crate::runtime::{RuntimeError, Steps, file_error};
+
+/// The oldest that is known to work.
+const OLDEST: (u32, u32) = (7, 2);
+/// What the guest sees: x86-64-v2, which every TCG and every host of the last decade offers.
+const CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
+/// How long QEMU may take to connect to us, and for a command.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long saving or loading devices may take.
+const DEVICE_LIMIT: Duration = Duration::from_mins(1);
+/// Name of the memory file in a snapshot.
+pub const MEMORY: &str = "memory";
+/// Name of the devices' file in a snapshot.
+pub const DEVICES: &str = "devices";
+/// Whether writable, of the descriptors of each disk that may be written to.
+const FILE_MODES: [bool; 2] = [true, false];
+/// Between attempts to go on after a failed snapshot.
+const SETTLE: Duration = Duration::from_millis(10);
+/// Lines of the console that an error shows; of a panic those around its first.
+const LAST_LINES: usize = 12;
+
+/// The QEMU backend for one binary and kernel.
+#[derive(Debug)]
+pub struct Qemu {
+    binary: PathBuf,
+    machine: String,
+    kernel: Kernel,
+    capabilities: Capabilities,
+}
+
+impl Qemu {
+    /// Looks at a binary. Runs it: call before children are reaped elsewhere.
+    ///
+    /// # Errors
+    /// [`MicrovmError`] naming what it lacks.
+    pub fn new(binary: &Path, digest: String, kernel: Kernel) -> Result<Self, MicrovmError> {
+        let ask = |args: &[&str]| {
+            let output = std::process::Command::new(binary)
+                .args(args)
+                .stdin(std::process::Stdio::null())
+                .output()
+                .map_err(|source| MicrovmError::Missing { path: binary.to_owned(), source })?;
+            if !output.status.success() {
+                let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+                return Err(MicrovmError::Unsuitable {
+                    path: binary.to_owned(),
+                    lack: format!(
+                        "ends with {} when it is asked for {}: {said}",
+                        output.status,
+                        args.join(" ")
+                    ),
+                });
+            }
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let unsuitable = |lack: String| MicrovmError::Unsuitable { path: binary.to_owned(), lack };
+        let said = ask(&["--version"])?;
+        let version = said
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix("QEMU emulator version "))
+            .ok_or_else(|| {
+                unsuitable(format!("is no QEMU: it says {:?}", said.lines().next().unwrap_or_default()))
+            })?
+            .to_owned();
+        if parse_version(&version).is_none_or(|version| version < OLDEST) {
+            return Err(unsuitable(format!(
+                "is version {version}, too old: {}.{} or newer is needed",
+                OLDEST.0, OLDEST.1
+            )));
+        }
+        let machines = ask(&["-machine", "help"])?;
+        let machine =
+            versioned_machine(&machines).ok_or_else(|| unsuitable("has no q35 machine".to_owned()))?;
+        let requires = [("accel", "tcg"), ("machine", &machine), ("cpu", CPU)];
+        let capabilities = Capabilities {
+            name: "qemu",
+            version,
+            digest,
+            experimental: false,
+            pause: true,
+            incremental: false,
+            restore_requires: requires
+                .into_iter()
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
+                .collect::<BTreeMap<_, _>>(),
+            // Emulated: nothing of the host's shows.
+            cpu_features: Vec::new(),
+        };
+        Ok(Self { binary: binary.to_owned(), machine, kernel, capabilities })
+    }
+
+    /// The command line. The same for a boot and a restore but for the last words.
+    fn arguments(&self, home: &Home, machine: &Machine, incoming: bool) -> Vec<String> {
+        let memory = home.memory.join(MEMORY);
+        let mac = ACTOR_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        let mut args: Vec<String> = [
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-runas",
+            "65534:65534",
+            "-sandbox",
+            "on,obsolete=deny,spawn=deny,resourcecontrol=deny",
+            "-accel",
+            "tcg,thread=multi,tb-size=32",
+            "-cpu",
+            CPU,
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+        add(
+            "-machine",
+            format!("{},vmport=off,smbus=off,sata=off,usb=off,memory-backend=memory", self.machine),
+        );
+        add("-smp", machine.processors.to_string());
+        add("-m", format!("{}M", machine.memory >> 20));
+        add(
+            "-object",
+            format!(
+                "memory-backend-file,id=memory,size={},mem-path={},share=on",
+                machine.memory,
+                comma(&memory.display().to_string())
+            ),
+        );
+        add("-kernel", self.kernel.image.display().to_string());
+        add("-initrd", self.kernel.initramfs.display().to_string());
+        add(
+            "-append",
+            "console=ttyS0 quiet loglevel=4 panic=-1 clocksource=hpet mitigations=off \
+             8250.nr_uarts=1 i8042.noaux i8042.nokbd"
+                .to_owned(),
+        );
+        add(
+            "-chardev",
+            format!("file,id=console,path={}", comma(&home.memory.join("console").display().to_string())),
+        );
+        add("-serial", "chardev:console".to_owned());
+        add("-chardev", "socket,id=qmp,path=qmp.sock,server=off".to_owned());
+        add("-mon", "chardev=qmp,mode=control".to_owned());
+        add("-chardev", "socket,id=agent,path=agent.sock,server=off".to_owned());
+        add("-device", "virtio-serial-pci,id=serial,max_ports=2".to_owned());
+        add("-device", format!("virtserialport,chardev=agent,name={}", ateom_guest::PORT));
+        add("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on".to_owned());
+        add("-netdev", format!("tap,id=net,fd={}", jail::TAP));
+        add("-device", format!("virtio-net-pci,netdev=net,mac={mac},romfile="));
+        let mut fd = jail::FILES;
+        for (number, disk) in machine.disks.iter().enumerate() {
+            let serial = &disk.serial;
+            let (access, path) = if disk.read_only {
+                ("on", comma(&disk.path.display().to_string()))
+            } else {
+                // Opened again, in the other mode, around each snapshot.
+                for _ in FILE_MODES {
+                    add("-add-fd", format!("fd={fd},set={number}"));
+                    fd += 1;
+                }
+                ("off", format!("/dev/fdset/{number}"))
+            };
+            add(
+                "-drive",
+                format!("if=none,id={serial},format=raw,readonly={access},file.locking=off,file={path}"),
+            );
+            add("-device", format!("virtio-blk-pci,drive={serial},serial={serial}"));
+        }
+        if incoming {
+            add("-incoming", "defer".to_owned());
+        }
+        args
+    }
+
+    async fn start(&self, home: Home, machine: &Machine, incoming: bool) -> Result<QemuVm, RuntimeError> {
+        let (qmp, agent) = (listen(&home.directory, "qmp.sock")?, listen(&home.directory, "agent.sock")?);
+        let log = home.directory.join("vmm.log");
+        let file = File::create(&log).map_err(file_error("create", &log))?;
+        let args = self.arguments(&home, machine, incoming);
+        let writable = machine.disks.iter().filter(|disk| !disk.read_only);
+        let files: Vec<(bool, PathBuf)> =
+            writable.flat_map(|disk| FILE_MODES.map(|write| (write, disk.path.clone()))).collect();
+        let argv = jail::command(&home.network_namespace, &home.directory, &self.binary, &files, args);
+        let mut streams = Streams::output(file.into()).map_err(file_error("open", Path::new("/dev/null")))?;
+        streams.stdin = home.tap;
+        let mut job = home.launcher.spawn(argv, streams, false).await?;
+        let (dead, died) = watch::channel(None);
+        let (console, launcher) = (home.memory.join("console"), home.launcher.clone());
+        tokio::spawn(async move {
+            let ended = tokio::select! {
+                ended = job.wait() => match ended {
+                    Ok(exit) if exit.signal != 0 => format!("QEMU was killed by signal {}", exit.signal),
+                    Ok(exit) => format!("QEMU ended with code {}", exit.code),
+                    Err(error) => error.to_string(),
+                },
+                () = launcher.gone() => "the launcher in the actor's cgroup died".to_owned(),
+            };
+            let said = blocking(move || last_words(&log, &console)).await;
+            // The machine may be gone already.
+            dead.send_replace(Some(format!("{ended}{said}")));
+        });
+        let connect = async {
+            let (qmp, agent) = tokio::try_join!(accept(&qmp), accept(&agent))?;
+            let mut qmp = Qmp::new(qmp).await.map_err(RuntimeError::from)?;
+            let capabilities =
+                ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
+            qmp.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))
+                .await
+                .map_err(RuntimeError::from)?;
+            // 128 MB/s by default, which would throttle even a small stream.
+            qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1_u64 << 40}))
+                .await
+                .map_err(RuntimeError::from)?;
+            Ok::<_, RuntimeError>((qmp, agent))
+        };
+        let (qmp, agent) = tokio::select! {
+            biased;
+            connected = tokio::time::timeout(START_LIMIT, connect) => match connected {
+                // It says why when it is dead.
+                Ok(Err(error)) => return Err(RuntimeError::Failed(dead_because(&died, error).await)),
+                Ok(Ok(connected)) => connected,
+                Err(_) => {
+                    let what = "QEMU's start".to_owned();
+                    return Err(RuntimeError::Timeout { what, seconds: START_LIMIT.as_secs() });
+                }
+            },
+            why = end_of(died.clone()) => return Err(RuntimeError::Failed(format!("QEMU did not start: {why}"))),
+        };
+        Ok(QemuVm {
+            qmp: tokio::sync::Mutex::new(qmp),
+            agent: Mutex::new(Some(agent)),
+            died,
+            memory: home.memory.join(MEMORY),
+            size: machine.memory,
+        })
+    }
+}
+
+/// Why a machine is gone, once it is.
+async fn end_of(mut died: watch::Receiver<Option<String>>) -> String {
+    match died.wait_for(Option::is_some).await {
+        Ok(why) => why.clone().unwrap_or_default(),
+        Err(_) => "nobody watches QEMU any more".to_owned(),
+    }
+}
+
+/// What is known of the end of a machine whose connection failed.
+async fn dead_because(died: &watch::Receiver<Option<String>>, error: RuntimeError) -> String {
+    let known = tokio::time::timeout(Duration::from_secs(1), end_of(died.clone())).await;
+    known.unwrap_or_else(|_| error.to_string())
+}
+
+/// QEMU's option syntax: a comma in a value is written twice.
+fn comma(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split(['.', ' ', '(']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// The versioned type that `q35` is an alias of.
+fn versioned_machine(help: &str) -> Option<String> {
+    let line = help.lines().find(|line| line.split_whitespace().next() == Some("q35"))?;
+    let (_, alias) = line.split_once("(alias of ")?;
+    alias.split(')').next().map(str::to_owned)
+}
+
+/// Listens in a directory whose path may be longer than a socket's address.
+fn listen(directory: &Path, name: &str) -> Result<UnixListener, RuntimeError> {
+    let path = directory.join(name);
+    let open = File::open(directory).map_err(file_error("open", directory))?;
+    let short = format!("/proc/self/fd/{}/{name}", open.as_raw_fd());
+    UnixListener::bind(short).map_err(file_error("listen on", &path))
+}
+
+async fn accept(listener: &UnixListener) -> Result<UnixStream, RuntimeError> {
+    let accepted = listener.accept().await;
+    accepted
+        .map(|(stream, _)| stream)
+        .map_err(|error| RuntimeError::Failed(format!("QEMU cannot connect: {error}")))
+}
+
+/// What QEMU and the guest's console said last, for an error's end.
+fn last_words(log: &Path, console: &Path) -> String {
+    let tail = |path: &Path| {
+        let text =
+            std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let panic = lines.iter().position(|line| line.contains("panic"));
+        let first = panic.map_or(lines.len().saturating_sub(LAST_LINES), |line| line.saturating_sub(2));
+        lines[first..lines.len().min(first + LAST_LINES)].join(" | ")
+    };
+    let mut said = String::new();
+    for (who, text) in [("it said", tail(log)), ("the guest's console ends with", tail(console))] {
+        if !text.is_empty() {
+            said.extend(["; ", who, ": ", &text]);
+        }
+    }
+    said
+}
+
+#[async_trait]
+impl Vmm for Qemu {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    async fn boot(&self, home: Home, machine: &Machine, steps: &Steps) -> Result<Box<dyn Vm>, RuntimeError> {
+        let path = home.memory.join(MEMORY);
+        memory::create(&path, machine.memory).map_err(file_error("create", &path))?;
+        let vm = steps.time("vmm_start", self.start(home, machine, false)).await?;
+        Ok(Box::new(vm))
+    }
+
+    async fn restore(
+        &self,
+        home: Home,
+        machine: &Machine,
+        directory: &Path,
+        steps: &Steps,
+    ) -> Result<Box<dyn Vm>, RuntimeError> {
+        let (from, to) = (directory.join(MEMORY), home.memory.join(MEMORY));
+        let devices = directory.join(DEVICES);
+        let devices = File::open(&devices).map_err(file_error("open", &devices))?;
+        let size = machine.memory;
+        // There before QEMU is: it would make a file of its own.
+        let working = memory::create(&to, size).map_err(file_error("create", &to))?;
+        let copy = blocking(move || {
+            let saved = File::open(&from).map_err(file_error("open", &from))?;
+            let length = saved.metadata().map_err(file_error("look at", &from))?.len();
+            if length != size {
+                return Err(RuntimeError::Failed(format!(
+                    "{} has {length} bytes, the machine has {size} of memory: the snapshot is damaged",
+                    from.display()
+                )));
+            }
+            memory::copy_sparse(&saved, &working, size, threads()).map_err(file_error("copy", &from))
+        });
+        let (vm, _) = tokio::try_join!(
+            steps.time("vmm_start", self.start(home, machine, true)),
+            steps.time("memory", copy)
+        )?;
+        steps.time("devices", vm.load(devices.into())).await?;
+        Ok(Box::new(vm))
+    }
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get().min(4))
+}
+
+/// A machine.
+#[derive(Debug)]
+struct QemuVm {
+    qmp: tokio::sync::Mutex<Qmp>,
+    agent: Mutex<Option<UnixStream>>,
+    died: watch::Receiver<Option<String>>,
+    memory: PathBuf,
+    size: u64,
+}
+
+impl QemuVm {
+    /// A command or more, within a limit; a machine that dies meanwhile says why.
+    async fn within<T>(
+        &self,
+        what: &str,
+        limit: Duration,
+        work: impl Future<Output = Result<T, QmpError>>,
+    ) -> Result<T, RuntimeError> {
+        match tokio::time::timeout(limit, work).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(QmpError::Gone(during))) => {
+                let error = RuntimeError::Failed(format!("QEMU ended during {during}"));
+                Err(RuntimeError::Failed(dead_because(&self.died, error).await))
+            }
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(RuntimeError::Timeout { what: what.to_owned(), seconds: limit.as_secs() }),
+        }
+    }
+
+    async fn command(&self, command: &str) -> Result<(), RuntimeError> {
+        let mut qmp = self.qmp.lock().await;
+        self.within(command, START_LIMIT, qmp.execute(command, json!({}))).await.map(drop)
+    }
+
+    /// Takes the state of the devices.
+    async fn load(&self, devices: OwnedFd) -> Result<(), RuntimeError> {
+        let mut qmp = self.qmp.lock().await;
+        self.within("loading the devices", DEVICE_LIMIT, async {
+            qmp.execute_with("getfd", json!({"fdname": DEVICES}), Some(devices.as_fd())).await?;
+            qmp.execute("migrate-incoming", json!({"uri": format!("fd:{DEVICES}")})).await?;
+            qmp.migrated("loading the devices").await
+        })
+        .await
+    }
+
+    async fn save(&self, devices: OwnedFd) -> Result<(), RuntimeError> {
+        let mut qmp = self.qmp.lock().await;
+        self.within("saving the devices", DEVICE_LIMIT, async {
+            qmp.execute_with("getfd", json!({"fdname": DEVICES}), Some(devices.as_fd())).await?;
+            qmp.execute("migrate", json!({"uri": format!("fd:{DEVICES}")})).await?;
+            qmp.migrated("saving the devices").await
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn agent(&self) -> Option<UnixStream> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    async fn pause(&self) -> Result<(), RuntimeError> {
+        self.command("stop").await
+    }
+
+    async fn resume(&self) -> Result<(), RuntimeError> {
+        // A failed migration is told before it is over, and no event says when it is.
+        let settle = async {
+            loop {
+                match self.command("cont").await {
+                    Err(error) if error.to_string().contains("not finalized") => {
+                        tokio::time::sleep(SETTLE).await;
+                    }
+                    other => return other,
+                }
+            }
+        };
+        tokio::time::timeout(START_LIMIT, settle).await.unwrap_or_else(|_| {
+            Err(RuntimeError::Timeout { what: "going on".to_owned(), seconds: START_LIMIT.as_secs() })
+        })
+    }
+
+    async fn snapshot(&self, directory: &Path, steps: &Steps) -> Result<Vec<SnapshotFile>, RuntimeError> {
+        let path = directory.join(DEVICES);
+        let before = Instant::now();
+        let devices = memory::create(&path, 0).map_err(file_error("create", &path))?;
+        let kept = devices.try_clone().map_err(file_error("open", &path))?;
+        self.save(devices.into()).await?;
+        steps.add("devices", before);
+        let (from, to, size) = (self.memory.clone(), directory.join(MEMORY), self.size);
+        let copy = blocking(move || -> io::Result<u64> {
+            let live = File::open(&from)?;
+            let saved = memory::create(&to, size)?;
+            memory::copy_sparse(&live, &saved, size, threads())
+        });
+        steps.time("memory", copy).await.map_err(file_error("copy", &self.memory))?;
+        let length = kept.metadata().map_err(file_error("look at", &path))?.len();
+        Ok(vec![
+            SnapshotFile { name: DEVICES.to_owned(), size: length, memory: false },
+            SnapshotFile { name: MEMORY.to_owned(), size: self.size, memory: true },
+        ])
+    }
+
+    async fn died(&self) -> String {
+        end_of(self.died.clone()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_and_machines_are_read_from_qemus_words() {
+        assert_eq!(parse_version("7.2.22 (Debian 1:7.2+dfsg-7)"), Some((7, 2)));
+        assert_eq!(parse_version("10.0.2"), Some((10, 0)));
+        assert_eq!(parse_version("git"), None);
+        let help = "Supported machines are:\npc  Standard PC (alias of pc-i440fx-7.2)\n\
+                    q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)\n\
+                    pc-q35-7.2           Standard PC (Q35 + ICH9, 2009)\n";
+        assert_eq!(versioned_machine(help).as_deref(), Some("pc-q35-7.2"));
+        assert_eq!(versioned_machine("none"), None);
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named_with_its_way_out() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = Kernel { image: "/k".into(), initramfs: "/i".into() };
+        let script = |text: &str| {
+            let path = dir.path().join("qemu");
+            std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            Qemu::new(&path, "d".into(), kernel.clone()).unwrap_err().to_string()
+        };
+        let missing =
+            Qemu::new(&dir.path().join("none"), "d".into(), kernel.clone()).unwrap_err().to_string();
+        assert!(missing.contains("none") && missing.contains("scripts/setup"), "{missing}");
+        let old = script("echo 'QEMU emulator version 6.2.0'");
+        assert!(old.contains("6.2.0") && old.contains("7.2 or newer"), "{old}");
+        let other = script("echo 'runsc version 1'");
+        assert!(other.contains("is no QEMU"), "{other}");
+        let crashing = script("echo 'no such library' >&2; exit 127");
+        assert!(crashing.contains("127") && crashing.contains("no such library"), "{crashing}");
+    }
+}

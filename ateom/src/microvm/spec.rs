@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From a [`SandboxSpec`] to a machine and to what its agent is told.
+//!
+//! **Roots.** `rootfs` is the read-only EROFS file of an image; equal files are one disk. **Mounts.** There is no shared
+//! file system with a guest. A directory that is not late-bound is a volume: it holds one sparse disk of ext4. What is
+//! late-bound, and single files, are delivered by the agent after boot and again after each restore.
+//!
+//! What the guest holds in its memory cannot be changed by a restore: [`digest`] covers it.
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use ateom_guest as guest;
+use sha2::{Digest as _, Sha256};
+use substrate_proto::ateom::{Mount, ResolvedContainer, SandboxSpec};
+
+use crate::error::SlotError;
+use crate::network::{ACTOR_V4, ACTOR_V6, V4_PREFIX, V6_PREFIX, WORKER_V4, WORKER_V6};
+use crate::runtime::{RuntimeError, file_error};
+
+/// Memory of an actor that names none, bytes.
+const DEFAULT_MEMORY: u64 = 512 << 20;
+/// Least memory that a guest boots in, bytes.
+const LEAST_MEMORY: u64 = 96 << 20;
+/// What kernel, agent and the workload's page tables take of a guest's memory, bytes.
+pub const GUEST_OVERHEAD: u64 = 64 << 20;
+/// Most bytes of all deliveries.
+const MAX_DELIVERED: u64 = 4 << 20;
+/// Name of a volume's disk in its directory.
+pub const VOLUME_DISK: &str = "disk.ext4";
+/// Size of a volume that does not say, bytes.
+const DEFAULT_VOLUME: u64 = 1 << 30;
+/// Most containers.
+const MAX_CONTAINERS: usize = 10;
+/// Most image and volume disks: each takes a slot of the machine's bus.
+const MAX_DISKS: usize = 20;
+
+/// A disk of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// By which the guest finds it.
+    pub serial: String,
+    /// On this host.
+    pub path: PathBuf,
+    /// Nobody may write to it.
+    pub read_only: bool,
+}
+
+/// The virtual hardware. Equal shapes are equal machines; paths are of this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// Bytes; whole MiB.
+    pub memory: u64,
+    /// Virtual processors.
+    pub processors: u32,
+    /// In order.
+    pub disks: Vec<Disk>,
+}
+
+/// Where a volume is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Its directory on the host.
+    pub directory: PathBuf,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Everything that follows from a spec without looking at the host.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// The machine.
+    pub machine: Machine,
+    /// Distinct volumes, as their disks are numbered.
+    pub volumes: Vec<Volume>,
+    /// What the guest's containers are.
+    pub containers: Vec<guest::Container>,
+    /// Source on the host, and key, of each delivery.
+    pub deliveries: Vec<(PathBuf, String)>,
+}
+
+fn is_volume(mount: &Mount) -> bool {
+    matches!(mount.kind.as_str(), "" | "bind") && !mount.late_bound && !Path::new(&mount.source).is_file()
+}
+
+/// Lays a spec out.
+pub fn layout(spec: &SandboxSpec) -> Layout {
+    let (mut roots, mut volumes, mut deliveries) = (Vec::<&str>::new(), Vec::<Volume>::new(), Vec::new());
+    let mut containers = Vec::new();
+    for container in &spec.containers {
+        let image = index_of(&mut roots, &container.rootfs.as_str());
+        let mounts = container
+            .mounts
+            .iter()
+            .map(|mount| {
+                let source = if mount.kind == "tmpfs" {
+                    guest::Source::Memory
+                } else if is_volume(mount) {
+                    let size = if mount.size_bytes == 0 { DEFAULT_VOLUME } else { mount.size_bytes };
+                    let directory = PathBuf::from(&mount.source);
+                    let known = volumes.iter().position(|volume| volume.directory == directory);
+                    guest::Source::Volume(known.unwrap_or_else(|| {
+                        volumes.push(Volume { directory, size });
+                        volumes.len() - 1
+                    }))
+                } else {
+                    let number = index_of(&mut deliveries, &PathBuf::from(&mount.source));
+                    guest::Source::Delivery(number.to_string())
+                };
+                guest::Mount { destination: mount.destination.clone(), read_only: mount.read_only, source }
+            })
+            .collect();
+        containers.push(guest::Container {
+            name: container.name.clone(),
+            image,
+            process: process(
+                container,
+                container.args.clone(),
+                container.env.clone(),
+                &container.working_dir,
+            ),
+            read_only_root: container.read_only_root,
+            mounts,
+        });
+    }
+    let disk = |serial: String, path: PathBuf, read_only| Disk { serial, path, read_only };
+    let images =
+        roots.iter().enumerate().map(|(n, path)| disk(format!("image{n}"), PathBuf::from(path), true));
+    let own = volumes
+        .iter()
+        .enumerate()
+        .map(|(n, volume)| disk(format!("volume{n}"), volume.directory.join(VOLUME_DISK), false));
+    let memory = if spec.memory_bytes == 0 { DEFAULT_MEMORY } else { spec.memory_bytes };
+    let machine = Machine {
+        memory: (memory + GUEST_OVERHEAD).max(LEAST_MEMORY).next_multiple_of(2 << 20),
+        processors: spec.cpu_millis.div_ceil(1000).clamp(1, host_processors()) as u32,
+        disks: images.chain(own).collect(),
+    };
+    let deliveries = deliveries.into_iter().enumerate().map(|(n, path)| (path, n.to_string())).collect();
+    Layout { machine, volumes, containers, deliveries }
+}
+
+fn host_processors() -> u64 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u64)
+}
+
+fn index_of<T: PartialEq + Clone>(list: &mut Vec<T>, value: &T) -> usize {
+    list.iter().position(|known| known == value).unwrap_or_else(|| {
+        list.push(value.clone());
+        list.len() - 1
+    })
+}
+
+/// How a process of a container runs.
+pub fn process(
+    container: &ResolvedContainer,
+    args: Vec<String>,
+    env: Vec<String>,
+    cwd: &str,
+) -> guest::Process {
+    guest::Process {
+        args,
+        env,
+        cwd: cwd.to_owned(),
+        uid: container.uid,
+        gid: container.gid,
+        groups: container.additional_gids.clone(),
+        capabilities: container.capabilities.clone(),
+        no_new_privileges: container.no_new_privileges,
+    }
+}
+
+/// What the agent is told at boot, but for what is new at every start.
+pub fn boot(spec: &SandboxSpec, layout: &Layout, fresh: &[bool]) -> guest::Boot {
+    let hostname = if spec.hostname.is_empty() { "actor" } else { &spec.hostname };
+    let hosts =
+        format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n");
+    let resolver = format!("nameserver {WORKER_V4}\noptions timeout:5 attempts:2\n");
+    let network = |address, prefix, gateway| guest::Network { address, prefix, gateway };
+    guest::Boot {
+        renewal: guest::Renewal::default(),
+        hostname: hostname.to_owned(),
+        pids: spec.pids,
+        networks: vec![
+            network(ACTOR_V4.into(), V4_PREFIX, WORKER_V4.into()),
+            network(ACTOR_V6.into(), V6_PREFIX, WORKER_V6.into()),
+        ],
+        images: layout
+            .machine
+            .disks
+            .iter()
+            .filter(|disk| disk.read_only)
+            .map(|disk| disk.serial.clone())
+            .collect(),
+        volumes: (layout.volumes.iter().enumerate())
+            .map(|(n, _)| guest::VolumeDisk {
+                serial: format!("volume{n}"),
+                fresh: fresh.get(n).copied().unwrap_or(false),
+            })
+            .collect(),
+        etc: vec![
+            ("resolv.conf".to_owned(), resolver),
+            ("hosts".to_owned(), hosts),
+            ("hostname".to_owned(), format!("{hostname}\n")),
+        ],
+        containers: layout.containers.clone(),
+    }
+}
+
+/// Reads everything that is to be delivered.
+///
+/// # Errors
+/// [`RuntimeError::File`], or [`RuntimeError::Failed`] where it is too much.
+pub fn deliveries(layout: &Layout) -> Result<Vec<guest::Delivery>, RuntimeError> {
+    let mut left = MAX_DELIVERED;
+    layout
+        .deliveries
+        .iter()
+        .map(|(source, key)| {
+            let meta = std::fs::metadata(source).map_err(file_error("read", source))?;
+            let mut files = Vec::new();
+            if meta.is_dir() {
+                read_tree(source, "", &mut left, &mut files)?;
+            } else {
+                read_one(source, String::new(), &mut left, &mut files)?;
+            }
+            let mode = meta.mode() & 0o7777;
+            Ok(guest::Delivery { key: key.clone(), directory: meta.is_dir(), mode, files })
+        })
+        .collect()
+}
+
+fn read_tree(
+    directory: &Path,
+    prefix: &str,
+    left: &mut u64,
+    files: &mut Vec<guest::DeliveredFile>,
+) -> Result<(), RuntimeError> {
+    let mut names: Vec<_> = std::fs::read_dir(directory)
+        .and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<_>>()
+        })
+        .map_err(file_error("list", directory))?;
+    names.sort();
+    for name in names {
+        let path = directory.join(&name);
+        let relative = format!("{prefix}{}", name.to_string_lossy());
+        if std::fs::metadata(&path).map_err(file_error("read", &path))?.is_dir() {
+            read_tree(&path, &format!("{relative}/"), left, files)?;
+        } else {
+            read_one(&path, relative, left, files)?;
+        }
+    }
+    Ok(())
+}
+
+fn read_one(
+    path: &Path,
+    name: String,
+    left: &mut u64,
+    files: &mut Vec<guest::DeliveredFile>,
+) -> Result<(), RuntimeError> {
+    let meta = std::fs::metadata(path).map_err(file_error("read", path))?;
+    *left = left.checked_sub(meta.len()).ok_or_else(|| {
+        RuntimeError::Failed(format!(
+            "more than {} MiB are to be delivered into the guest, up to {}: use a volume",
+            MAX_DELIVERED >> 20,
+            path.display()
+        ))
+    })?;
+    let content = std::fs::read(path).map_err(file_error("read", path))?;
+    files.push(guest::DeliveredFile {
+        name,
+        mode: meta.mode() & 0o7777,
+        uid: meta.uid(),
+        gid: meta.gid(),
+        content,
+    });
+    Ok(())
+}
+
+/// sha256 (hex) of everything that a snapshot of this spec holds in its memory and that a restore cannot change.
+pub fn digest(spec: &SandboxSpec) -> String {
+    let layout = layout(spec);
+    let mut containers = layout.containers;
+    for container in &mut containers {
+        container.process.env.clear();
+    }
+    let disks: Vec<(String, bool)> =
+        layout.machine.disks.iter().map(|disk| (disk.serial.clone(), disk.read_only)).collect();
+    let sizes: Vec<u64> = layout.volumes.iter().map(|volume| volume.size).collect();
+    let shape = (layout.machine.memory, layout.machine.processors, spec.pids);
+    // Structures and tuples only: their fields have an order.
+    let text = serde_json::to_string(&(shape, disks, sizes, containers)).unwrap_or_default();
+    hex::encode(Sha256::digest(text))
+}
+
+/// Checks what can be checked before anything is touched.
+///
+/// # Errors
+/// [`SlotError::Invalid`] naming container and field.
+pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
+    let invalid = |message: String| Err(SlotError::Invalid(message));
+    if spec.containers.is_empty() || spec.containers.len() > MAX_CONTAINERS {
+        return invalid(format!(
+            "a sandbox has 1 to {MAX_CONTAINERS} containers, not {}",
+            spec.containers.len()
+        ));
+    }
+    let mut names = std::collections::BTreeSet::new();
+    for container in &spec.containers {
+        let name = &container.name;
+        let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if name.is_empty() || name.len() > 63 || !name.chars().all(label) {
+            return invalid(format!("container name {name:?} is not a DNS label"));
+        }
+        if !names.insert(name) {
+            return invalid(format!("two containers are named {name}"));
+        }
+        if container.args.is_empty() {
+            return invalid(format!(
+                "container {name} has no command: the image has none and the template gives none"
+            ));
+        }
+        if !Path::new(&container.rootfs).is_file() {
+            return invalid(format!(
+                "container {name}: rootfs {} is not an EROFS file on this node",
+                container.rootfs
+            ));
+        }
+        if !(container.working_dir.is_empty() || container.working_dir.starts_with('/')) {
+            return invalid(format!(
+                "container {name}: working_dir {:?} is not an absolute path",
+                container.working_dir
+            ));
+        }
+        for mount in &container.mounts {
+            let bind = matches!(mount.kind.as_str(), "" | "bind");
+            if !mount.destination.starts_with('/') || (bind && !mount.source.starts_with('/')) {
+                return invalid(format!(
+                    "container {name}: mount {:?} at {:?} needs absolute paths",
+                    mount.source, mount.destination
+                ));
+            }
+            if !bind && mount.kind != "tmpfs" {
+                return invalid(format!(
+                    "container {name}: mount kind {:?} is neither bind nor tmpfs",
+                    mount.kind
+                ));
+            }
+            if bind && !Path::new(&mount.source).exists() {
+                return invalid(format!(
+                    "container {name}: {} to be mounted at {} does not exist on this node",
+                    mount.source, mount.destination
+                ));
+            }
+        }
+    }
+    let disks = layout(spec).machine.disks.len();
+    if disks > MAX_DISKS {
+        return invalid(format!(
+            "{disks} images and volumes are more than the {MAX_DISKS} disks of a microVM"
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Change = fn(&mut SandboxSpec);
+
+    fn container(name: &str) -> ResolvedContainer {
+        ResolvedContainer {
+            name: name.into(),
+            rootfs: "/proc/self/exe".into(),
+            args: vec!["/bin/app".into()],
+            env: vec!["A=1".into()],
+            uid: 1000,
+            ..ResolvedContainer::default()
+        }
+    }
+
+    fn mount(source: &Path, destination: &str, late_bound: bool) -> Mount {
+        Mount {
+            source: source.display().to_string(),
+            destination: destination.into(),
+            read_only: true,
+            kind: "bind".into(),
+            late_bound,
+            size_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn images_and_volumes_are_shared_disks_and_the_rest_is_delivered() {
+        let dir = tempfile::tempdir().unwrap();
+        let (late, volume, file) = (dir.path().join("late"), dir.path().join("v"), dir.path().join("f"));
+        std::fs::create_dir_all(late.join("sub")).unwrap();
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::write(late.join("name"), "alice").unwrap();
+        std::fs::write(late.join("sub/x"), "deep").unwrap();
+        std::fs::write(&file, "secret").unwrap();
+        let (mut one, mut two) = (container("one"), container("two"));
+        one.mounts =
+            vec![mount(&late, "/run/ate", true), mount(&volume, "/data", false), mount(&file, "/key", false)];
+        two.mounts = vec![mount(&late, "/run/ate", true), mount(&volume, "/data", false)];
+        let spec =
+            SandboxSpec { containers: vec![one, two], memory_bytes: 256 << 20, ..SandboxSpec::default() };
+        validate(&spec).unwrap();
+        let layout = layout(&spec);
+        let serials: Vec<&str> = layout.machine.disks.iter().map(|disk| disk.serial.as_str()).collect();
+        assert_eq!(serials, ["image0", "volume0"]);
+        assert_eq!(layout.machine.memory, (256 << 20) + GUEST_OVERHEAD);
+        assert_eq!(layout.containers[1].mounts[0].source, guest::Source::Delivery("0".into()));
+        assert_eq!(layout.containers[0].mounts[2].source, guest::Source::Delivery("1".into()));
+        let delivered = deliveries(&layout).unwrap();
+        let names: Vec<&str> = delivered[0].files.iter().map(|file| file.name.as_str()).collect();
+        assert_eq!(names, ["name", "sub/x"]);
+        assert_eq!(
+            (delivered[1].directory, delivered[1].files[0].content.as_slice()),
+            (false, &b"secret"[..])
+        );
+    }
+
+    #[test]
+    fn the_digest_covers_what_memory_holds_and_nothing_else() {
+        let of = |change: fn(&mut SandboxSpec)| {
+            let mut spec = SandboxSpec { containers: vec![container("main")], ..SandboxSpec::default() };
+            change(&mut spec);
+            digest(&spec)
+        };
+        let same = of(|_| ());
+        let different: [(&str, Change); 8] = [
+            ("memory", |s| s.memory_bytes = 64 << 20),
+            ("pids", |s| s.pids = 9),
+            ("args", |s| s.containers[0].args.push("-v".into())),
+            ("user", |s| s.containers[0].uid = 0),
+            ("capabilities", |s| s.containers[0].capabilities.push("CHOWN".into())),
+            ("read-only root", |s| s.containers[0].read_only_root = true),
+            ("name", |s| s.containers[0].name = "other".into()),
+            ("a mount", |s| s.containers[0].mounts.push(mount(Path::new("/etc/hostname"), "/x", true))),
+        ];
+        for (what, change) in different {
+            assert_ne!(same, of(change), "{what}");
+        }
+        assert_eq!(same, of(|s| s.containers[0].env.push("B=2".into())), "env");
+        assert_eq!(same, of(|s| s.containers[0].rootfs = "/other".into()), "path of the image");
+        assert_eq!(same, of(|s| s.hostname = "bob".into()), "host name");
+        assert_eq!(same, of(|s| s.containers[0].log_path = "/l".into()), "log");
+    }
+
+    #[test]
+    fn too_much_to_deliver_is_refused_with_a_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("big"), vec![1; MAX_DELIVERED as usize + 1]).unwrap();
+        let mut main = container("main");
+        main.mounts = vec![mount(dir.path(), "/x", true)];
+        let spec = SandboxSpec { containers: vec![main], ..SandboxSpec::default() };
+        let error = deliveries(&layout(&spec)).unwrap_err().to_string();
+        assert!(error.contains("big") && error.contains("volume"), "{error}");
+    }
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the microVM class needs on this machine, and which machine monitor it will use.
+use std::path::{Path, PathBuf};
+
+use super::probe::{in_path, is_executable, run, sha256, usable, workspace};
+use super::{Check, Facts, Verdict, install};
+
+/// Names of QEMU for this architecture.
+const QEMU: &str = if cfg!(target_arch = "x86_64") { "qemu-system-x86_64" } else { "qemu-system-aarch64" };
+const ATEOM: &str = "ateom-microvm";
+
+/// What was named on the command line or in the configuration.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Named<'a> {
+    /// QEMU.
+    pub qemu: Option<&'a Path>,
+    /// Directory of the guests' kernel.
+    pub kernel: Option<&'a Path>,
+}
+
+/// What was found for the microVM class.
+#[derive(Debug, Clone)]
+pub struct Microvm {
+    /// For the node agent.
+    pub config: atelet::MicrovmConfig,
+    /// What QEMU calls itself.
+    pub version: String,
+    /// Why guests do not run under KVM.
+    pub kvm: String,
+}
+
+/// Looks for everything that workers of the class need.
+///
+/// # Errors
+/// A sentence naming the first thing that is missing and where it was looked for.
+pub async fn find(named: Named<'_>, exe: &Path) -> Result<Microvm, String> {
+    let qemu = match named.qemu {
+        Some(path) => usable(path).map_err(|why| format!("--qemu names {}, {why}", path.display()))?,
+        None => in_path(QEMU).ok_or_else(|| format!("{QEMU} was not found in PATH"))?,
+    };
+    let version = run(&qemu.display().to_string(), &["--version"])
+        .await
+        .map_err(|why| format!("{} does not say its version: {why}", qemu.display()))?;
+    let version =
+        version.lines().next().unwrap_or_default().trim_start_matches("QEMU emulator version ").to_owned();
+    let beside = exe.parent().map(|dir| dir.join(ATEOM)).filter(|path| is_executable(path));
+    let ateom_binary = beside
+        .or_else(|| in_path(ATEOM))
+        .ok_or_else(|| format!("{ATEOM} is neither beside {} nor in PATH", exe.display()))?;
+    let environment =
+        std::env::var_os("SUBSTRATE_KERNEL").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let kernel = find_kernel(named.kernel, environment, exe)?;
+    if in_path("mkfs.erofs").is_none() {
+        return Err("mkfs.erofs was not found in PATH".to_owned());
+    }
+    let digest = sha256(&qemu).await.map_err(|error| format!("cannot read {}: {error}", qemu.display()))?;
+    let config = atelet::MicrovmConfig { ateom_binary, qemu, qemu_sha256: Some(digest), kernel };
+    Ok(Microvm { config, version, kvm: kvm() })
+}
+
+/// The directory with `vmlinuz` and `modules/`: named, `$SUBSTRATE_KERNEL`, in `target/tools` of a workspace, or
+/// installed.
+fn find_kernel(named: Option<&Path>, environment: Option<PathBuf>, exe: &Path) -> Result<PathBuf, String> {
+    let is_one = |dir: &Path| dir.join("vmlinuz").is_file() && dir.join("modules/kernel").is_dir();
+    let explicit = [("--kernel", named.map(Path::to_owned)), ("SUBSTRATE_KERNEL", environment)];
+    if let Some((what, dir)) = explicit.into_iter().find_map(|(what, dir)| Some((what, dir?))) {
+        let dir = dir.canonicalize().map_err(|error| format!("{what} names {}: {error}", dir.display()))?;
+        return if is_one(&dir) {
+            Ok(dir)
+        } else {
+            Err(format!("{what} names {}, which has no vmlinuz and modules/kernel", dir.display()))
+        };
+    }
+    let mut places: Vec<PathBuf> = exe
+        .ancestors()
+        .filter(|dir| dir.file_name().is_some_and(|name| name == "target"))
+        .map(|dir| dir.join("tools/microvm"))
+        .collect();
+    places.extend(workspace(exe).map(|root| root.join("target/tools/microvm")));
+    places.push("/usr/lib/substrate/microvm".into());
+    places.iter().find(|dir| is_one(dir)).cloned().ok_or_else(|| {
+        let looked: Vec<String> = places.iter().map(|path| path.display().to_string()).collect();
+        format!("no kernel for guests: not in {}", looked.join(", "))
+    })
+}
+
+/// Why KVM is not used. It is trusted only where a probe has booted a guest, and there is none yet.
+fn kvm() -> String {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => "KVM is there, but no probe has booted a guest under it".to_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "there is no /dev/kvm".to_owned(),
+        Err(error) => format!("/dev/kvm cannot be opened: {error}"),
+    }
+}
+
+/// The class is a choice: what is missing is a warning.
+pub fn check(facts: &Facts) -> Check {
+    const NAME: &str = "microvm";
+    match &facts.microvm {
+        Ok(found) => Check::ok(
+            NAME,
+            format!(
+                "QEMU {} at {} by emulation (TCG): {}; cloud-hypervisor and Firecracker are not supported yet",
+                found.version,
+                found.config.qemu.display(),
+                found.kvm
+            ),
+        ),
+        Err(why) => Check::with(
+            Verdict::Warning,
+            NAME,
+            format!("workers of the class microvm cannot run: {why}"),
+            match &facts.setup_script {
+                Some(script) => script.display().to_string(),
+                None => install(facts, "qemu-system-x86 erofs-utils"),
+            },
+        ),
+    }
+}
+
+/// What a good machine has, for tests.
+#[cfg(test)]
+pub(super) fn sample() -> Microvm {
+    Microvm {
+        config: atelet::MicrovmConfig {
+            ateom_binary: "/usr/local/bin/ateom-microvm".into(),
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            qemu_sha256: None,
+            kernel: "/usr/lib/substrate/microvm".into(),
+        },
+        version: "7.2.22".into(),
+        kvm: "there is no /dev/kvm".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_a_directory_with_its_modules() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kernel, exe) =
+            (dir.path().join("target/tools/microvm"), dir.path().join("target/debug/substrate"));
+        std::fs::create_dir_all(kernel.join("modules/kernel")).unwrap();
+        let none = find_kernel(Some(&kernel), None, &exe).unwrap_err();
+        assert!(none.contains("no vmlinuz"), "{none}");
+        std::fs::write(kernel.join("vmlinuz"), "k").unwrap();
+        assert_eq!(find_kernel(None, None, &exe).unwrap(), kernel);
+        let missing = find_kernel(None, Some("/does/not/exist".into()), &exe).unwrap_err();
+        assert!(missing.contains("SUBSTRATE_KERNEL") && missing.contains("/does/not/exist"), "{missing}");
+    }
+}
