@@ -123,7 +123,8 @@ fn resize(master: &OwnedFd, size: TerminalSize) -> io::Result<()> {
     crate::sys::set_terminal_size(master.as_fd(), bounded(size.rows), bounded(size.columns))
 }
 
-async fn read_some(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+/// Waits for bytes; 0 is the end.
+pub(crate) async fn read_some(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         let mut ready = fd.readable().await?;
         match ready.try_io(|fd| Ok(nix::unistd::read(fd.get_ref(), buffer)?)) {
@@ -133,7 +134,8 @@ async fn read_some(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize
     }
 }
 
-async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+/// Writes all, waiting for room.
+pub(crate) async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let mut ready = fd.writable().await?;
         match ready.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), bytes)?)) {

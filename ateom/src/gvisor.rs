@@ -15,7 +15,6 @@
 //! Nothing is deleted by runsc: a sandbox dies with its control group, and its `--root` is a directory of its own.
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -28,6 +27,7 @@ use substrate_proto::types::{Compatibility, ExitStatus};
 use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::blocking;
+use crate::container;
 use crate::error::SlotError;
 use crate::launcher::Streams;
 use crate::mounts;
@@ -294,11 +294,7 @@ impl GvisorSandbox {
     /// A container by name (empty: the first) with its index.
     fn container(&self, name: &str) -> Result<(usize, ResolvedContainer), RuntimeError> {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = containers.iter().enumerate().find(|(_, c)| name.is_empty() || c.name == name);
-        found.map(|(index, container)| (index, container.clone())).ok_or_else(|| {
-            let names: Vec<&str> = containers.iter().map(|c| c.name.as_str()).collect();
-            RuntimeError::Failed(format!("no container {name:?} in this actor; it has {}", names.join(", ")))
-        })
+        container::find(&containers, name).map(|(index, container)| (index, container.clone()))
     }
 
     async fn root(&self, args: &[&str], limit: Duration) -> Result<(), RuntimeError> {
@@ -306,21 +302,10 @@ impl GvisorSandbox {
     }
 }
 
-/// Opens a container's log for appending. The descriptor goes to the sandbox, which keeps it: no pipe of this process
-/// stands in between, and its death loses no line.
+/// A container's log as its streams. The descriptor goes to the sandbox, which keeps it: no pipe of this process stands
+/// in between, and its death loses no line.
 fn workload_streams(container: &ResolvedContainer) -> Result<Streams, RuntimeError> {
-    let path =
-        if container.log_path.is_empty() { Path::new("/dev/null") } else { Path::new(&container.log_path) };
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(file_error("create", parent))?;
-    }
-    // O_APPEND: a restored sandbox would seek to where the old one was in its file.
-    let file = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o640)
-        .open(path)
-        .map_err(file_error("open for appending", path))?;
+    let file = container::open_log(container)?;
     Streams::output(file.into()).map_err(file_error("open", Path::new("/dev/null")))
 }
 

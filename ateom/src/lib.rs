@@ -13,6 +13,7 @@
 
 pub mod cgroup;
 pub mod children;
+pub mod container;
 pub mod dns;
 pub mod egress;
 pub mod endpoint;

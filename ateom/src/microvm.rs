@@ -14,7 +14,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -27,6 +26,7 @@ use substrate_proto::types::{Compatibility, ExitStatus};
 use tokio::sync::watch;
 
 use crate::cgroup::blocking;
+use crate::container;
 use crate::error::SlotError;
 use crate::launcher::{Launcher, Streams};
 use crate::network::{LinkKind, open_link};
@@ -248,15 +248,6 @@ impl Running {
         self.agent.get().ok_or_else(|| RuntimeError::Failed("the guest's agent is not connected".to_owned()))
     }
 
-    /// A container by name (empty: the first) with its number.
-    fn container(&self, name: &str) -> Result<(usize, &ResolvedContainer), RuntimeError> {
-        let found = self.containers.iter().enumerate().find(|(_, c)| name.is_empty() || c.name == name);
-        found.ok_or_else(|| {
-            let names: Vec<&str> = self.containers.iter().map(|c| c.name.as_str()).collect();
-            RuntimeError::Failed(format!("no container {name:?} in this actor; it has {}", names.join(", ")))
-        })
-    }
-
     /// Something that the agent is to do; a machine that dies meanwhile says why.
     async fn with_agent<T>(
         &self,
@@ -308,17 +299,6 @@ fn now(renewal: Renewal) -> Renewal {
     Renewal { time_ns: time.as_nanos() as i64, ..renewal }
 }
 
-/// Opens a container's log for appending.
-fn open_log(container: &ResolvedContainer) -> Result<File, RuntimeError> {
-    let path =
-        if container.log_path.is_empty() { Path::new("/dev/null") } else { Path::new(&container.log_path) };
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(file_error("create", parent))?;
-    }
-    let options = File::options().create(true).append(true).mode(0o640).open(path);
-    options.map_err(file_error("open for appending", path))
-}
-
 impl MicrovmSandbox {
     fn home(&self, layout: &Layout) -> Result<Home, RuntimeError> {
         let tap = self.tap.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -353,7 +333,7 @@ impl MicrovmSandbox {
         let stream =
             stream.ok_or_else(|| RuntimeError::Failed("the agent's stream was taken before".to_owned()))?;
         let names = running.containers.iter().map(|container| container.name.clone()).collect();
-        let logs = running.containers.iter().map(open_log).collect::<Result<_, _>>()?;
+        let logs = running.containers.iter().map(container::open_log).collect::<Result<_, _>>()?;
         Ok(running.agent.get_or_init(|| Agent::new(stream, quiet, names, logs)))
     }
 
@@ -498,29 +478,15 @@ impl Sandbox for MicrovmSandbox {
 
     async fn exec(&self, request: ExecRequest, streams: Streams) -> Result<ExecProcess, RuntimeError> {
         let running = self.running()?;
-        let (number, container) = running.container(&request.container)?;
-        let mut container = container.clone();
-        if let Some((uid, gid)) = request.user {
-            container.uid = uid;
-            container.gid = gid.unwrap_or(container.gid);
-            container.additional_gids.clear();
-        }
-        let name = |pair: &str| pair.split_once('=').map_or(pair.to_owned(), |(name, _)| name.to_owned());
-        let mut env: Vec<String> = container
-            .env
-            .iter()
-            .filter(|pair| !request.env.iter().any(|other| name(other) == name(pair)))
-            .cloned()
-            .collect();
-        env.extend(request.env);
-        let cwd = if request.working_dir.is_empty() { &container.working_dir } else { &request.working_dir };
-        let process = spec::process(&container, request.args, env, cwd);
+        let (number, container) = container::find(&running.containers, &request.container)?;
+        let container = container::for_exec(container, &request);
+        let process = spec::process(&container, request.args);
         running.agent()?.exec(number, process, streams, request.terminal).await
     }
 
     async fn exited(&self, container: &str) -> Result<ExitStatus, RuntimeError> {
         let running = self.running()?;
-        let (number, _) = running.container(container)?;
+        let (number, _) = container::find(&running.containers, container)?;
         running.agent()?.ended(number).await
     }
 

@@ -46,20 +46,36 @@ const FENCE_LIMIT: Duration = Duration::from_secs(10);
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
 /// What a worker process is told on its command line.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct Config {
-    /// Unique on the node.
+    /// Id of this worker, unique on the node.
+    #[arg(long)]
     pub worker_id: String,
-    /// For the record only.
+    /// Pool it belongs to; for the record only.
+    #[arg(long, default_value = "default")]
     pub pool: String,
-    /// Survives the process.
+    /// Its state, which survives the process: worker.json, sandboxes' files.
+    #[arg(long)]
     pub state_dir: PathBuf,
-    /// Sockets; may be emptied by a reboot.
+    /// Its sockets; may be emptied by a reboot.
+    #[arg(long)]
     pub run_dir: PathBuf,
-    /// The node's egress proxy.
+    /// Socket of the node's egress proxy.
+    #[arg(long)]
     pub egress_socket: PathBuf,
-    /// Control group, relative to the hierarchies' roots: "substrate/ID".
+    /// Control group of this worker, relative to the hierarchies' roots: "substrate/ID".
+    #[arg(long)]
     pub cgroup: String,
+}
+
+/// Logs to standard error, as much as `SUBSTRATE_LOG` says.
+pub fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SUBSTRATE_LOG");
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")))
+        .init();
 }
 
 /// `worker.json`: how to find a running worker.

@@ -19,6 +19,7 @@ mod tests;
 mod trouble_tests;
 mod typed;
 mod wal;
+mod write;
 
 use std::fs::File;
 use std::sync::Arc;

@@ -12,7 +12,7 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection as _, Row as _};
 use tokio::sync::{mpsc, watch};
 
-use super::sqlite::Job;
+use super::write::Job;
 
 /// Revisions after which the log is moved: about 4 MiB of it.
 const MOVE_AFTER: u64 = 400;

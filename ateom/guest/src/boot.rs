@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -287,10 +287,4 @@ fn netlink(what: &str, kind: u16, flags: u16, body: &[u8]) -> Result<(), String>
         if code == 0 { Ok(()) } else { Err(Errno::from_raw(-code)) }
     };
     ask().map_err(|errno| format!("cannot {what}: {errno}"))
-}
-
-/// A link that is there already is kept.
-pub fn link(target: &str, at: &Path) {
-    // The image may have its own.
-    let _ = symlink(target, at);
 }

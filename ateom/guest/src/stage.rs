@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -216,7 +216,7 @@ fn make_devices(dev: &Path) -> Result<(), Failure> {
         ("/proc/self/fd/2", "stderr"),
         ("pts/ptmx", "ptmx"),
     ] {
-        boot::link(target, &dev.join(name));
+        symlink(target, dev.join(name)).map_err(|error| ("make devices", error))?;
     }
     Ok(())
 }
@@ -390,8 +390,8 @@ mod tests {
         let (root, outside) = (dir.join("root"), dir.join("outside"));
         fs::create_dir_all(&root).unwrap();
         fs::create_dir_all(&outside).unwrap();
-        std::os::unix::fs::symlink(&outside, root.join("out")).unwrap();
-        std::os::unix::fs::symlink("/run", root.join("var")).unwrap();
+        symlink(&outside, root.join("out")).unwrap();
+        symlink("/run", root.join("var")).unwrap();
         fs::create_dir(root.join("run")).unwrap();
         // An absolute link is of the container: there its target does not exist.
         assert!(mount_point(&root, "/out/x", true).is_err());

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 use substrate_proto::ateom::{Mount, ResolvedContainer, SandboxSpec};
 
+use crate::container;
 use crate::error::SlotError;
 use crate::network::WORKER_V4;
 use crate::runtime::{RuntimeError, file_error};
@@ -24,8 +25,6 @@ const ETC: [&str; 3] = ["resolv.conf", "hosts", "hostname"];
 /// What gethostname(2) says inside. All containers share the root's, which is fixed when it is created ahead and put
 /// back at every restore: so the same for all actors. The actor's own name is in `/etc/hostname` and `/etc/hosts`.
 pub const HOSTNAME: &str = "actor";
-/// Most containers of one sandbox.
-const MAX_CONTAINERS: usize = 10;
 
 /// Id of a workload container: numbered, so that no name can make one id the prefix of another.
 pub fn container_id(index: usize, name: &str) -> String {
@@ -37,63 +36,19 @@ pub fn container_id(index: usize, name: &str) -> String {
 /// # Errors
 /// [`SlotError::Invalid`] naming container and field.
 pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
-    let invalid = |message: String| Err(SlotError::Invalid(message));
-    if spec.containers.is_empty() || spec.containers.len() > MAX_CONTAINERS {
-        return invalid(format!(
-            "a sandbox has 1 to {MAX_CONTAINERS} containers, not {}",
-            spec.containers.len()
-        ));
-    }
-    let mut names = std::collections::BTreeSet::new();
-    for container in &spec.containers {
-        let name = &container.name;
-        let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if name.is_empty() || name.len() > 63 || !name.chars().all(label) || name == "pause" {
-            return invalid(format!("container name {name:?} is not a DNS label (and not \"pause\")"));
+    container::validate(spec, |container| {
+        let (name, rootfs) = (&container.name, &container.rootfs);
+        if name == "pause" {
+            return Err("container name \"pause\" is taken by the sandbox's own".to_owned());
         }
-        if !names.insert(name) {
-            return invalid(format!("two containers are named {name}"));
+        if !rootfs.starts_with('/') {
+            return Err(format!("container {name}: rootfs {rootfs:?} is not an absolute path"));
         }
-        if container.args.is_empty() {
-            return invalid(format!(
-                "container {name} has no command: the image has none and the template gives none"
-            ));
+        if !Path::new(rootfs).is_dir() {
+            return Err(format!("container {name}: rootfs {rootfs} is not a directory on this node"));
         }
-        let paths = [("rootfs", &container.rootfs), ("working_dir", &container.working_dir)];
-        for (field, path) in paths {
-            if !(path.starts_with('/') || (field == "working_dir" && path.is_empty())) {
-                return invalid(format!("container {name}: {field} {path:?} is not an absolute path"));
-            }
-        }
-        if !Path::new(&container.rootfs).is_dir() {
-            return invalid(format!(
-                "container {name}: rootfs {} is not a directory on this node",
-                container.rootfs
-            ));
-        }
-        for mount in &container.mounts {
-            let bind = matches!(mount.kind.as_str(), "" | "bind");
-            if !mount.destination.starts_with('/') || (bind && !mount.source.starts_with('/')) {
-                return invalid(format!(
-                    "container {name}: mount {:?} at {:?} needs absolute paths",
-                    mount.source, mount.destination
-                ));
-            }
-            if !bind && mount.kind != "tmpfs" {
-                return invalid(format!(
-                    "container {name}: mount kind {:?} is neither bind nor tmpfs",
-                    mount.kind
-                ));
-            }
-            if bind && !Path::new(&mount.source).exists() {
-                return invalid(format!(
-                    "container {name}: {} to be mounted at {} does not exist on this node",
-                    mount.source, mount.destination
-                ));
-            }
-        }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Spec of the root container.

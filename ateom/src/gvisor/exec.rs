@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::command::{Output, Runsc, read_log};
 use super::{COMMAND_LIMIT, GvisorSandbox, bundle};
 use crate::children::Exit;
+use crate::container;
 use crate::launcher::{Job, Streams};
 use crate::runtime::{ExecProcess, ExecRequest, RuntimeError, file_error};
 
@@ -32,27 +33,12 @@ impl GvisorSandbox {
         request: ExecRequest,
         streams: Streams,
     ) -> Result<ExecProcess, RuntimeError> {
-        let (index, mut container) = self.container(&request.container)?;
-        if let Some((uid, gid)) = request.user {
-            container.uid = uid;
-            container.gid = gid.unwrap_or(container.gid);
-            container.additional_gids.clear();
-        }
-        let name = |pair: &str| pair.split_once('=').map_or(pair.to_owned(), |(name, _)| name.to_owned());
-        let mut env: Vec<String> = container
-            .env
-            .iter()
-            .filter(|pair| !request.env.iter().any(|other| name(other) == name(pair)))
-            .cloned()
-            .collect();
-        env.extend(request.env);
-        let cwd = [&request.working_dir, &container.working_dir]
-            .into_iter()
-            .find(|path| !path.is_empty())
-            .map_or("/", String::as_str);
+        let (index, container) = self.container(&request.container)?;
+        let container = container::for_exec(&container, &request);
+        let cwd = if container.working_dir.is_empty() { "/" } else { &container.working_dir };
         let directory = tempdir(&self.directory)?;
         let process_file = directory.join("process.json");
-        let process = bundle::process(&container, &request.args, &env, cwd, request.terminal);
+        let process = bundle::process(&container, &request.args, &container.env, cwd, request.terminal);
         std::fs::write(&process_file, process.to_string()).map_err(file_error("write", &process_file))?;
         let started = watch_for_file(&directory)?;
         let id = bundle::container_id(index, &container.name);

@@ -14,6 +14,7 @@ use ateom_guest as guest;
 use sha2::{Digest as _, Sha256};
 use substrate_proto::ateom::{Mount, ResolvedContainer, SandboxSpec};
 
+use crate::container;
 use crate::error::SlotError;
 use crate::network::{ACTOR_V4, ACTOR_V6, V4_PREFIX, V6_PREFIX, WORKER_V4, WORKER_V6};
 use crate::runtime::{RuntimeError, file_error};
@@ -30,8 +31,6 @@ const MAX_DELIVERED: u64 = 4 << 20;
 pub const VOLUME_DISK: &str = "disk.ext4";
 /// Size of a volume that does not say, bytes.
 const DEFAULT_VOLUME: u64 = 1 << 30;
-/// Most containers.
-const MAX_CONTAINERS: usize = 10;
 /// Most image and volume disks: each takes a slot of the machine's bus.
 const MAX_DISKS: usize = 20;
 
@@ -113,12 +112,7 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
         containers.push(guest::Container {
             name: container.name.clone(),
             image,
-            process: process(
-                container,
-                container.args.clone(),
-                container.env.clone(),
-                &container.working_dir,
-            ),
+            process: process(container, container.args.clone()),
             read_only_root: container.read_only_root,
             mounts,
         });
@@ -152,16 +146,11 @@ fn index_of<T: PartialEq + Clone>(list: &mut Vec<T>, value: &T) -> usize {
 }
 
 /// How a process of a container runs.
-pub fn process(
-    container: &ResolvedContainer,
-    args: Vec<String>,
-    env: Vec<String>,
-    cwd: &str,
-) -> guest::Process {
+pub fn process(container: &ResolvedContainer, args: Vec<String>) -> guest::Process {
     guest::Process {
         args,
-        env,
-        cwd: cwd.to_owned(),
+        env: container.env.clone(),
+        cwd: container.working_dir.clone(),
         uid: container.uid,
         gid: container.gid,
         groups: container.additional_gids.clone(),
@@ -300,67 +289,20 @@ pub fn digest(spec: &SandboxSpec) -> String {
 /// # Errors
 /// [`SlotError::Invalid`] naming container and field.
 pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
-    let invalid = |message: String| Err(SlotError::Invalid(message));
-    if spec.containers.is_empty() || spec.containers.len() > MAX_CONTAINERS {
-        return invalid(format!(
-            "a sandbox has 1 to {MAX_CONTAINERS} containers, not {}",
-            spec.containers.len()
-        ));
-    }
-    let mut names = std::collections::BTreeSet::new();
-    for container in &spec.containers {
-        let name = &container.name;
-        let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if name.is_empty() || name.len() > 63 || !name.chars().all(label) {
-            return invalid(format!("container name {name:?} is not a DNS label"));
+    container::validate(spec, |container| {
+        if Path::new(&container.rootfs).is_file() {
+            return Ok(());
         }
-        if !names.insert(name) {
-            return invalid(format!("two containers are named {name}"));
-        }
-        if container.args.is_empty() {
-            return invalid(format!(
-                "container {name} has no command: the image has none and the template gives none"
-            ));
-        }
-        if !Path::new(&container.rootfs).is_file() {
-            return invalid(format!(
-                "container {name}: rootfs {} is not an EROFS file on this node",
-                container.rootfs
-            ));
-        }
-        if !(container.working_dir.is_empty() || container.working_dir.starts_with('/')) {
-            return invalid(format!(
-                "container {name}: working_dir {:?} is not an absolute path",
-                container.working_dir
-            ));
-        }
-        for mount in &container.mounts {
-            let bind = matches!(mount.kind.as_str(), "" | "bind");
-            if !mount.destination.starts_with('/') || (bind && !mount.source.starts_with('/')) {
-                return invalid(format!(
-                    "container {name}: mount {:?} at {:?} needs absolute paths",
-                    mount.source, mount.destination
-                ));
-            }
-            if !bind && mount.kind != "tmpfs" {
-                return invalid(format!(
-                    "container {name}: mount kind {:?} is neither bind nor tmpfs",
-                    mount.kind
-                ));
-            }
-            if bind && !Path::new(&mount.source).exists() {
-                return invalid(format!(
-                    "container {name}: {} to be mounted at {} does not exist on this node",
-                    mount.source, mount.destination
-                ));
-            }
-        }
-    }
+        Err(format!(
+            "container {}: rootfs {} is not an EROFS file on this node",
+            container.name, container.rootfs
+        ))
+    })?;
     let disks = layout(spec).machine.disks.len();
     if disks > MAX_DISKS {
-        return invalid(format!(
+        return Err(SlotError::Invalid(format!(
             "{disks} images and volumes are more than the {MAX_DISKS} disks of a microVM"
-        ));
+        )));
     }
     Ok(())
 }

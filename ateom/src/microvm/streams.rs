@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use tokio::io::unix::AsyncFd;
 
+use crate::exec::{read_some, write_all};
 use crate::sys::watched;
 
 /// A descriptor that is watched, or one that never blocks.
@@ -48,13 +49,7 @@ impl Input {
     pub async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.0 {
             End::Plain(file) => file.read(buffer),
-            End::Watched(fd) => loop {
-                let mut ready = fd.readable().await?;
-                match ready.try_io(|fd| Ok(nix::unistd::read(fd.get_ref(), buffer)?)) {
-                    Ok(result) => return result,
-                    Err(_would_block) => {}
-                }
-            },
+            End::Watched(fd) => read_some(fd, buffer).await,
         }
     }
 }
@@ -76,19 +71,10 @@ impl Output {
     ///
     /// # Errors
     /// As write(2).
-    pub async fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    pub async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         match &mut self.0 {
             End::Plain(file) => file.write_all(bytes),
-            End::Watched(fd) => {
-                while !bytes.is_empty() {
-                    let mut ready = fd.writable().await?;
-                    match ready.try_io(|fd| Ok(nix::unistd::write(fd.get_ref(), bytes)?)) {
-                        Ok(written) => bytes = &bytes[written?..],
-                        Err(_would_block) => {}
-                    }
-                }
-                Ok(())
-            }
+            End::Watched(fd) => write_all(fd, bytes).await,
         }
     }
 }
