@@ -10,8 +10,10 @@
 //!
 //! A blob (manifest or pack) is deleted only after the last holder's reference was dropped: the same transaction then
 //! turns it into garbage, which a collector works off.
+mod batch;
 mod copy;
 mod memory;
+mod rows;
 mod sqlite;
 #[cfg(test)]
 mod tests;

@@ -76,6 +76,8 @@ impl SqliteStore {
             .busy_timeout(Duration::from_secs(5))
             .foreign_keys(false)
             .pragma("wal_autocheckpoint", "0")
+            // What a burst left of the log's file is given back.
+            .pragma("journal_size_limit", "67108864")
             .disable_statement_logging();
         Self::open_with(path, options).await
     }
