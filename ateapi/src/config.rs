@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use substrate_proto::tls::ClientFiles;
 
 /// Configuration of the control plane.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -63,8 +64,12 @@ pub struct Config {
 pub struct NodeEndpoint {
     /// The node's name, a DNS-1123 label.
     pub name: String,
-    /// `unix:/path` or `http://host:port`.
+    /// `unix:/path` or `https://host:port`.
     pub endpoint: String,
+    /// What is shown to a node agent on TCP, and whom it has to be signed by; its certificate names the endpoint's
+    /// host. Default: none, needed with `https:`.
+    #[serde(default)]
+    pub tls: Option<ClientFiles>,
 }
 
 mod defaults {

@@ -45,9 +45,10 @@ pub use testing::bench;
 
 pub use clock::{Clock, SystemClock, TokioClock};
 pub use config::{Config, NodeEndpoint};
-use futures::StreamExt as _;
+
 use substrate_proto::ateapi::admin_server::AdminServer;
 use substrate_proto::ateapi::control_server::ControlServer;
+use substrate_proto::tls;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -64,10 +65,10 @@ pub enum Error {
     Config(String),
     /// An endpoint of a node is no address.
     #[error(
-        "node {node}: endpoint {endpoint:?} is no address ({source}): write \"unix:/path\" or \"http://host:port\""
+        "node {node}: endpoint {endpoint:?} cannot be used: {reason}; write \"unix:/path\", or \"https://host:port\" and tls"
     )]
     #[allow(missing_docs)]
-    Endpoint { node: String, endpoint: String, source: tonic::transport::Error },
+    Endpoint { node: String, endpoint: String, reason: String },
     /// The key file.
     #[error(transparent)]
     Secret(#[from] secrets::SecretError),
@@ -98,10 +99,8 @@ pub async fn serve(
     config.validate()?;
     let mut nodes = Vec::new();
     for node in &config.nodes {
-        let client = node::GrpcNode::new(&node.endpoint).map_err(|source| Error::Endpoint {
-            node: node.name.clone(),
-            endpoint: node.endpoint.clone(),
-            source,
+        let client = node::GrpcNode::new(&node.endpoint, node.tls.as_ref()).map_err(|reason| {
+            Error::Endpoint { node: node.name.clone(), endpoint: node.endpoint.clone(), reason }
         })?;
         nodes.push((model::NodeName(node.name.clone()), Arc::new(client) as node::SharedNode));
     }
@@ -112,7 +111,9 @@ pub async fn serve(
     let local = substrate_proto::seam::listen(&config.socket, peers)?;
     let access = Arc::new(access::Access::open(config.remote.as_ref(), &config.audit_log())?);
     let remote = match &config.remote {
-        Some(remote) => Some(access::Listener::bind(remote).await?),
+        Some(remote) => {
+            Some(tls::Listener::bind(remote.listener()).await.map_err(access::AccessError::from)?)
+        }
         None => None,
     };
     let engine = engine::Engine::start(
@@ -140,12 +141,8 @@ pub async fn serve(
         access.identify(request.extensions(), request.metadata()).map(|_| request)
     };
     let reflection = tonic::service::interceptor::InterceptedService::new(reflection, known_only);
-    let address = remote.as_ref().map(access::Listener::address);
-    let local = local.map(|stream| stream.map(access::Wire::Local));
-    let incoming = futures::stream::select(
-        local,
-        remote.map_or_else(|| futures::stream::pending().boxed(), |remote| remote.incoming().boxed()),
-    );
+    let address = remote.as_ref().map(tls::Listener::address);
+    let incoming = tls::either(local, remote);
     let _ = ready.send(address);
     // Watches and execs end with the engine, so that serving does not wait for clients that never leave.
     let stopping = Arc::clone(&engine);

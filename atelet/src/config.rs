@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a node agent is told at its start.
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
+use substrate_proto::tls::{Listen, Peer};
+use tonic::Status;
 
 use crate::blob::BlobUrl;
 use crate::{Error, image};
@@ -101,6 +104,23 @@ impl ImageLimits {
     }
 }
 
+/// The TCP listener for a control plane on another machine.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Remote {
+    /// Address; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Its certificate chain, PEM; names the host that the control plane dials.
+    pub cert: PathBuf,
+    /// The certificate's private key, PEM.
+    pub key: PathBuf,
+    /// Authorities of client certificates, PEM.
+    pub client_ca: PathBuf,
+    /// Names of the certificates that may command this node: each the first URI name, else the first DNS name, else
+    /// the common name.
+    pub clients: Vec<String>,
+}
+
 /// Configuration of a node agent. Paths are absolute; sizes are bytes.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -121,6 +141,9 @@ pub struct Config {
     pub logs: PathBuf,
     /// Where `atelet.v1.Node` is served.
     pub socket: PathBuf,
+    /// Where it is served besides, for a control plane on another machine. Default: nowhere.
+    #[serde(default)]
+    pub remote: Option<Remote>,
     /// The worker slots. Workers of an earlier run that are not named here are ended when they are empty.
     #[serde(default)]
     pub workers: Vec<WorkerConfig>,
@@ -210,6 +233,7 @@ impl Config {
             keys: dir.join("keys"),
             logs: dir.join("logs"),
             socket: run.join("atelet.sock"),
+            remote: None,
             workers,
             ateom_binary,
             runsc,
@@ -247,6 +271,9 @@ impl Config {
                 )));
             }
         }
+        if self.remote.as_ref().is_some_and(|remote| remote.clients.is_empty()) {
+            return Err(Error::Config("remote: clients names nobody who may command this node".to_owned()));
+        }
         for (name, path) in [
             ("dir", &self.dir),
             ("run_dir", &self.run_dir),
@@ -263,6 +290,43 @@ impl Config {
     }
 }
 
+impl Remote {
+    pub(crate) fn listener(&self) -> Listen {
+        Listen {
+            address: self.listen,
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            client_ca: Some(self.client_ca.clone()),
+            wants_certificate: true,
+        }
+    }
+}
+
+/// Who may command this node: what its socket lets in, and over TCP the certificates that are named. A certificate ends
+/// at its own end also on a connection that was opened before.
+pub(crate) fn admits(clients: &[String], peer: Option<&Peer>) -> Result<(), Status> {
+    match peer {
+        Some(Peer::Local { .. }) => Ok(()),
+        Some(Peer::Remote { certificate: Some(shown), .. }) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            if shown.not_after < i64::try_from(now).unwrap_or(i64::MAX) {
+                Err(Status::unauthenticated(format!(
+                    "the certificate of {} has expired: renew it",
+                    shown.name
+                )))
+            } else if clients.contains(&shown.name) {
+                Ok(())
+            } else {
+                Err(Status::permission_denied(format!(
+                    "{} may not command this node: its node agent names who may (remote.clients)",
+                    shown.name
+                )))
+            }
+        }
+        _ => Err(Status::unauthenticated("the connection does not say who calls: show a client certificate")),
+    }
+}
+
 /// A DNS-1123 label: what names of workers, atespaces, actors, containers and volumes are.
 pub(crate) fn is_label(text: &str) -> bool {
     (1..=63).contains(&text.len())
@@ -273,6 +337,8 @@ pub(crate) fn is_label(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use substrate_proto::tls::Certificate;
+
     use super::*;
 
     #[test]
@@ -283,6 +349,23 @@ mod tests {
         for bad in ["", ".", "..", "a/b", "A", "-a", "a-", "a_b", &"x".repeat(64)] {
             assert!(!is_label(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_named_certificates_that_are_good_command_a_node() {
+        let clients = ["ateapi.example".to_owned()];
+        let remote = |name: &str, not_after| {
+            let certificate = Certificate { name: name.to_owned(), not_after };
+            Peer::Remote { address: ([127, 0, 0, 1], 1).into(), certificate: Some(Box::new(certificate)) }
+        };
+        let code = |peer: Option<&Peer>| admits(&clients, peer).map_err(|status| status.code());
+        assert_eq!(code(Some(&Peer::Local { uid: 0 })), Ok(()));
+        assert_eq!(code(Some(&remote("ateapi.example", i64::MAX))), Ok(()));
+        assert_eq!(code(Some(&remote("ateapi.example", 1))), Err(tonic::Code::Unauthenticated));
+        assert_eq!(code(Some(&remote("other.example", i64::MAX))), Err(tonic::Code::PermissionDenied));
+        let nobody = Peer::Remote { address: ([127, 0, 0, 1], 1).into(), certificate: None };
+        assert_eq!(code(Some(&nobody)), Err(tonic::Code::Unauthenticated));
+        assert_eq!(code(None), Err(tonic::Code::Unauthenticated));
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub enum Error {
     /// The socket could not be opened.
     #[error(transparent)]
     Listen(#[from] substrate_proto::seam::ListenError),
+    /// The TCP listener could not be set up.
+    #[error("the node agent's listener: {0}")]
+    Tls(#[from] substrate_proto::tls::TlsError),
     /// Control groups are not usable.
     #[error(transparent)]
     Cgroup(#[from] ateom::cgroup::CgroupError),

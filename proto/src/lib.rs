@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 pub mod seam;
+#[cfg(feature = "tls")]
+pub mod tls;
 
 /// Encoded `FileDescriptorSet` of all contracts, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use substrate_proto::ateapi::control_server::Control;
+use substrate_proto::tls::Peer;
 use substrate_proto::{ateapi, types};
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Extensions, Request, Response, Status};
@@ -15,7 +16,7 @@ use super::scope::{Scope, Scoped};
 use super::token::Verifier;
 use super::verbs::{Verb, verb};
 use super::{
-    AccessError, Audit, Grant, Identity, Peer, Remote, names_an_actor, refusal, unauthenticated, unix_seconds,
+    AccessError, Audit, Grant, Identity, Remote, names_an_actor, refusal, unauthenticated, unix_seconds,
 };
 use crate::model;
 use crate::service::ControlService;

@@ -13,7 +13,8 @@
 //! that gets hold of it cannot change anybody's life, its own included. TCP without TLS is not offered, because a
 //! bearer token would travel in clear.
 //!
-//! Certificate, key, authorities and token keys are read anew when a file changes ([`tls`], [`token`]); one that
+//! Certificate, key, authorities and token keys are read anew when a file changes ([`substrate_proto::tls`], [`token`]);
+//! one that
 //! cannot be used is logged and the former one stays. A certificate is good until its own end also on a connection
 //! that was opened before.
 mod audit;
@@ -21,7 +22,6 @@ mod guard;
 mod scope;
 #[cfg(test)]
 mod tests;
-mod tls;
 mod token;
 mod verbs;
 
@@ -31,12 +31,12 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use substrate_proto::tls::{Listen, TlsError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use audit::Audit;
 pub(crate) use guard::{Access, Guarded};
-pub(crate) use tls::{Listener, Peer, Wire};
 pub use token::{AUDIENCE, mint};
 pub use verbs::Role;
 
@@ -77,6 +77,17 @@ pub struct Grant {
 }
 
 impl Remote {
+    /// The listener. No token could be shown instead where none is believed.
+    pub(crate) fn listener(&self) -> Listen {
+        Listen {
+            address: self.listen,
+            cert: self.cert.clone(),
+            key: self.key.clone(),
+            client_ca: self.client_ca.clone(),
+            wants_certificate: self.token_keys.is_none(),
+        }
+    }
+
     /// Refuses what cannot be meant.
     pub(crate) fn validate(&self) -> Result<(), String> {
         if self.client_ca.is_none() && self.token_keys.is_none() {
@@ -148,10 +159,9 @@ pub enum AccessError {
     #[error("{what} {}: {reason}", path.display())]
     #[allow(missing_docs)]
     File { what: &'static str, path: PathBuf, reason: String },
-    /// The address cannot be listened on.
-    #[error("cannot listen on {address} for the control plane's clients: {reason}; choose another address")]
-    #[allow(missing_docs)]
-    Listen { address: SocketAddr, reason: String },
+    /// The listener.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The audit log cannot be written.
     #[error("cannot write the audit log {}: {reason}", path.display())]
     #[allow(missing_docs)]

@@ -94,8 +94,11 @@ impl Plane {
         {
             std::fs::write(path(name), text).unwrap();
         }
-        let node =
-            crate::NodeEndpoint { name: "n0".into(), endpoint: "unix:/nonexistent/atelet.sock".into() };
+        let node = crate::NodeEndpoint {
+            name: "n0".into(),
+            endpoint: "unix:/nonexistent/atelet.sock".into(),
+            tls: None,
+        };
         let mut config =
             crate::Config::new(path("control/state.db"), path("keys"), path("run/ateapi.sock"), vec![node]);
         config.remote = Some(Remote {

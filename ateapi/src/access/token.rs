@@ -6,8 +6,8 @@ use std::time::Duration;
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
+use substrate_proto::tls::Stamp;
 
-use super::tls::Stamp;
 use super::{AccessError, Identity, names_an_actor, unix_seconds};
 
 /// The `aud` claim of every token.

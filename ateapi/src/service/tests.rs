@@ -412,8 +412,11 @@ async fn over_real_sockets_with_a_real_database() {
             .serve_with_incoming(incoming),
     );
     let socket = dir.path().join("run/ateapi.sock");
-    let endpoint =
-        crate::NodeEndpoint { name: "n0".into(), endpoint: format!("unix:{}", node_socket.display()) };
+    let endpoint = crate::NodeEndpoint {
+        name: "n0".into(),
+        endpoint: format!("unix:{}", node_socket.display()),
+        tls: None,
+    };
     let config = crate::Config::new(
         dir.path().join("control/state.db"),
         dir.path().join("keys"),

@@ -17,9 +17,11 @@ use substrate_proto::atelet::node_server::NodeServer;
 use substrate_proto::ateom::slot_status::Phase;
 use substrate_proto::ateom::{GetStatusRequest, ShutdownRequest};
 use substrate_proto::seam;
+use substrate_proto::tls::{self, Peer};
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
 
 use super::Node;
 use super::service::Service;
@@ -27,7 +29,7 @@ use super::session::Hub;
 use crate::actor::ledger::Ledger;
 use crate::actor::place::ActorPlaces;
 use crate::blob::{self, BlobError, BlobStore};
-use crate::config::cores;
+use crate::config::{admits, cores};
 use crate::disk::Disk;
 use crate::flight::Flights;
 use crate::image::{ErofsImages, ImageStore};
@@ -130,16 +132,25 @@ pub async fn serve(
     end_strangers(&settings, &node.config).await;
     let upkeep = tokio::spawn(upkeep(Arc::clone(&node), stop.clone()));
     let socket = node.config.socket.clone();
-    let incoming = seam::listen(&socket, seam::Peers::default())?;
+    let local = seam::listen(&socket, seam::Peers::default())?;
+    let remote = match &node.config.remote {
+        Some(remote) => Some(tls::Listener::bind(remote.listener()).await?),
+        None => None,
+    };
+    let clients = node.config.remote.as_ref().map_or_else(Vec::new, |remote| remote.clients.clone());
     let service = NodeServer::new(Service(Arc::clone(&node)))
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
+    let service = InterceptedService::new(service, move |request: tonic::Request<()>| {
+        admits(&clients, request.extensions().get::<Option<Peer>>().and_then(Option::as_ref))
+            .map(|()| request)
+    });
     tracing::info!(node = node.config.node, socket = %socket.display(), workers = node.workers.len(), "node agent");
     // The caller may not care.
     let _ = ready.send(());
     let stopping = shutdown.clone();
     let server = tonic::transport::Server::builder().add_service(service).serve_with_incoming_shutdown(
-        incoming,
+        tls::either(local, remote),
         async move {
             stopping.cancelled().await;
             // Its stream would not end by itself.

@@ -173,6 +173,7 @@ fn control_config(settings: &Settings) -> Result<ateapi::Config, Failure> {
     let node = ateapi::NodeEndpoint {
         name: node_name(settings),
         endpoint: format!("unix:{}", settings.run.join("atelet.sock").display()),
+        tls: None,
     };
     let mut config = ateapi::Config::new(
         settings.dir.join("control/state.db"),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The TCP listener: accepts, shakes hands, and says who is at the other end.
+//! TCP listeners and their clients, always with TLS: accepts or dials, shakes hands, and says who is at the other end.
 //!
 //! Every handshake is a task with a limit of time; their number and that of connections are bounded. The files are
 //! looked at before each handshake, so that a replaced certificate, key or list of authorities holds from the next
@@ -12,20 +12,59 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
-use rustls::ServerConfig;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use x509_parser::extensions::GeneralName;
 
-use super::{AccessError, Remote};
+/// Why TLS could not be set up.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum TlsError {
+    /// A PEM file.
+    #[error("{what} {}: {reason}", path.display())]
+    #[allow(missing_docs)]
+    File { what: &'static str, path: PathBuf, reason: String },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {reason}; choose another address")]
+    #[allow(missing_docs)]
+    Listen { address: SocketAddr, reason: String },
+}
+
+/// What a listener is told.
+#[derive(Debug, Clone)]
+pub struct Listen {
+    /// Address; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// Its certificate chain, PEM.
+    pub cert: PathBuf,
+    /// The certificate's private key, PEM.
+    pub key: PathBuf,
+    /// Authorities of client certificates, PEM; without, no client certificate is believed.
+    pub client_ca: Option<PathBuf>,
+    /// Whether the handshake fails without a client certificate.
+    pub wants_certificate: bool,
+}
+
+/// What a client shows and whom it believes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientFiles {
+    /// Authorities of the server's certificate, PEM.
+    pub ca: PathBuf,
+    /// Its own certificate chain, PEM.
+    pub cert: PathBuf,
+    /// The certificate's private key, PEM.
+    pub key: PathBuf,
+}
 
 /// Longest handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -34,10 +73,12 @@ const CONNECTIONS: usize = 1024;
 
 /// What files were when they were last read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stamp(Vec<Option<(SystemTime, u64, u64)>>);
+pub struct Stamp(Vec<Option<(SystemTime, u64, u64)>>);
 
 impl Stamp {
-    pub(super) fn of(paths: &[&Path]) -> Self {
+    /// Of files as they are now; what cannot be looked at counts as absent.
+    #[must_use]
+    pub fn of(paths: &[&Path]) -> Self {
         use std::os::unix::fs::MetadataExt as _;
         let one = |path: &&Path| {
             let meta = std::fs::metadata(path).ok()?;
@@ -49,15 +90,16 @@ impl Stamp {
 
 /// A client certificate that was believed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Certificate {
-    pub(super) name: String,
+pub struct Certificate {
+    /// Its first URI name, else its first DNS name, else its common name.
+    pub name: String,
     /// Unix seconds.
-    pub(super) not_after: i64,
+    pub not_after: i64,
 }
 
 /// The other end of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Peer {
+pub enum Peer {
     /// A process on this machine that the socket let in.
     Local {
         /// From `SO_PEERCRED`.
@@ -73,15 +115,16 @@ pub(crate) enum Peer {
 }
 
 /// A connection of either kind.
-pub(crate) enum Wire {
+pub enum Wire {
     /// Over the Unix socket.
     Local(UnixStream),
     /// Over TCP and TLS.
     Remote(Box<Secured>),
 }
 
-pub(crate) struct Secured {
-    stream: TlsStream<TcpStream>,
+/// A connection over TLS.
+pub struct Secured {
+    stream: server::TlsStream<TcpStream>,
     peer: Peer,
     _permit: OwnedSemaphorePermit,
 }
@@ -140,18 +183,11 @@ struct Credentials {
 }
 
 impl Credentials {
-    fn open(remote: &Remote) -> Result<Self, AccessError> {
-        let wants_certificate = remote.token_keys.is_none();
-        let client_ca = remote.client_ca.as_deref();
-        let stamp = Stamp::of(&paths(&remote.cert, &remote.key, client_ca));
-        let config = server_config(&remote.cert, &remote.key, client_ca, wants_certificate)?;
-        Ok(Self {
-            cert: remote.cert.clone(),
-            key: remote.key.clone(),
-            client_ca: remote.client_ca.clone(),
-            wants_certificate,
-            current: Mutex::new((stamp, Arc::new(config))),
-        })
+    fn open(listen: Listen) -> Result<Self, TlsError> {
+        let Listen { cert, key, client_ca, wants_certificate, .. } = listen;
+        let stamp = Stamp::of(&paths(&cert, &key, client_ca.as_deref()));
+        let config = server_config(&cert, &key, client_ca.as_deref(), wants_certificate)?;
+        Ok(Self { cert, key, client_ca, wants_certificate, current: Mutex::new((stamp, Arc::new(config))) })
     }
 
     fn current(&self) -> Arc<ServerConfig> {
@@ -179,8 +215,8 @@ fn paths<'a>(cert: &'a Path, key: &'a Path, client_ca: Option<&'a Path>) -> Vec<
     [cert, key].into_iter().chain(client_ca).collect()
 }
 
-fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, AccessError> {
-    let wrong = |reason: String| AccessError::File { what, path: path.to_owned(), reason };
+fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let wrong = |reason: String| TlsError::File { what, path: path.to_owned(), reason };
     let found = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|error| wrong(error.to_string()))?;
@@ -190,41 +226,97 @@ fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
     Ok(found)
 }
 
+fn authorities(what: &'static str, path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(what, path)? {
+        roots.add(authority).map_err(|error| TlsError::File {
+            what,
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+    }
+    Ok(roots)
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|error| TlsError::File {
+        what: "private key",
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+fn misfit(cert: &Path, error: &rustls::Error) -> TlsError {
+    let reason = format!("does not fit its key: {error}");
+    TlsError::File { what: "certificate", path: cert.to_owned(), reason }
+}
+
 fn server_config(
     cert: &Path,
     key: &Path,
     client_ca: Option<&Path>,
     wants_certificate: bool,
-) -> Result<ServerConfig, AccessError> {
-    let file = |what: &'static str, path: &Path, reason: String| AccessError::File {
-        what,
-        path: path.to_owned(),
-        reason,
-    };
+) -> Result<ServerConfig, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(|error| file("certificate", cert, error.to_string()))?;
+        .map_err(|error| misfit(cert, &error))?;
     let builder = match client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => {
-            let wrong = |reason: String| file("client authorities", path, reason);
-            let mut roots = rustls::RootCertStore::empty();
-            for authority in certificates("client authorities", path)? {
-                roots.add(authority).map_err(|error| wrong(error.to_string()))?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            let what = "client authorities";
+            let roots = Arc::new(authorities(what, path)?);
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider);
             let verifier = if wants_certificate { verifier } else { verifier.allow_unauthenticated() };
-            builder.with_client_cert_verifier(verifier.build().map_err(|error| wrong(error.to_string()))?)
+            builder.with_client_cert_verifier(verifier.build().map_err(|error| TlsError::File {
+                what,
+                path: path.to_owned(),
+                reason: error.to_string(),
+            })?)
         }
     };
-    let private =
-        PrivateKeyDer::from_pem_file(key).map_err(|error| file("private key", key, error.to_string()))?;
     let mut config = builder
-        .with_single_cert(certificates("certificate", cert)?, private)
-        .map_err(|error| file("certificate", cert, format!("does not fit its key: {error}")))?;
+        .with_single_cert(certificates("certificate", cert)?, private_key(key)?)
+        .map_err(|error| misfit(cert, &error))?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
+}
+
+fn client_config(files: &ClientFiles) -> Result<ClientConfig, TlsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| misfit(&files.cert, &error))?
+        .with_root_certificates(authorities("server authorities", &files.ca)?)
+        .with_client_auth_cert(certificates("certificate", &files.cert)?, private_key(&files.key)?)
+        .map_err(|error| misfit(&files.cert, &error))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+impl ClientFiles {
+    /// Reads the files, so that what is wrong with them is said at a start.
+    ///
+    /// # Errors
+    /// A file that cannot be used.
+    pub fn check(&self) -> Result<(), TlsError> {
+        client_config(self).map(drop)
+    }
+
+    /// Connects to a server whose certificate names `host`. The files are read anew each time.
+    ///
+    /// # Errors
+    /// The connection, the handshake, or a file that cannot be used.
+    pub async fn dial(&self, host: &str, port: u16) -> io::Result<client::TlsStream<TcpStream>> {
+        let config = client_config(self).map_err(io::Error::other)?;
+        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        let shaken = tokio::time::timeout(HANDSHAKE, async {
+            let stream = TcpStream::connect((host, port)).await?;
+            stream.set_nodelay(true)?;
+            TlsConnector::from(Arc::new(config)).connect(name, stream).await
+        });
+        shaken.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    }
 }
 
 /// Whom a certificate names: its first URI name, else its first DNS name, else its common name.
@@ -249,32 +341,47 @@ fn name_of(der: &CertificateDer<'_>) -> Result<Certificate, String> {
 }
 
 /// The listener, bound.
-pub(crate) struct Listener {
+pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     credentials: Arc<Credentials>,
 }
 
 impl Listener {
-    pub(crate) async fn bind(remote: &Remote) -> Result<Self, AccessError> {
-        let credentials = Arc::new(Credentials::open(remote)?);
-        let wrong =
-            |error: io::Error| AccessError::Listen { address: remote.listen, reason: error.to_string() };
-        let socket = TcpListener::bind(remote.listen).await.map_err(wrong)?;
+    /// Reads the files and binds.
+    ///
+    /// # Errors
+    /// [`TlsError`].
+    pub async fn bind(listen: Listen) -> Result<Self, TlsError> {
+        let address = listen.address;
+        let credentials = Arc::new(Credentials::open(listen)?);
+        let wrong = |error: io::Error| TlsError::Listen { address, reason: error.to_string() };
+        let socket = TcpListener::bind(address).await.map_err(wrong)?;
         let address = socket.local_addr().map_err(wrong)?;
         Ok(Self { socket, address, credentials })
     }
 
-    pub(crate) fn address(&self) -> SocketAddr {
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Connections whose handshake succeeded. Accepting ends when the stream is dropped.
-    pub(crate) fn incoming(self) -> ReceiverStream<io::Result<Wire>> {
+    pub fn incoming(self) -> ReceiverStream<io::Result<Wire>> {
         let (to, incoming) = mpsc::channel(16);
         tokio::spawn(accept(self.socket, self.credentials, to));
         ReceiverStream::new(incoming)
     }
+}
+
+/// The connections of a server on a Unix socket and perhaps on TCP.
+pub fn either(
+    local: impl Stream<Item = io::Result<UnixStream>> + Send + 'static,
+    remote: Option<Listener>,
+) -> impl Stream<Item = io::Result<Wire>> + Send {
+    let remote = remote.map_or_else(|| futures::stream::pending().boxed(), |it| it.incoming().boxed());
+    futures::stream::select(local.map_ok(Wire::Local), remote)
 }
 
 async fn accept(listener: TcpListener, credentials: Arc<Credentials>, to: mpsc::Sender<io::Result<Wire>>) {
@@ -301,7 +408,7 @@ async fn accept(listener: TcpListener, credentials: Arc<Credentials>, to: mpsc::
             }
             Err(error) => {
                 // Out of file descriptors, most likely: some will be closed.
-                tracing::warn!(%error, "cannot accept a client of the control plane");
+                tracing::warn!(%error, "cannot accept a client");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
