@@ -5,14 +5,14 @@
 //! replays exactly: `ATEAPI_SEED=n ATEAPI_SEEDS=1`.
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use substrate_proto::types;
 
 use super::{Answer, CallError, Engine, RequestKey, Verb, lock};
 use crate::inventory::{Fate, Inventory};
-use crate::model::{Actor, ActorUid, NodeName, State};
+use crate::model::{Actor, ActorUid, NodeName, Quota, State, TemplateUid};
 use crate::node::SharedNode;
 use crate::secrets::Sealer;
 use crate::store::{self, EventQuery, Kind, MemoryStore, Query, SharedStore, Store as _, StoreError};
@@ -63,6 +63,11 @@ struct Sim {
     uids: Mutex<Vec<ActorUid>>,
     count: AtomicU64,
     swept: AtomicU64,
+    /// The template that asks for a golden snapshot.
+    golden: OnceLock<TemplateUid>,
+    /// Actors that started from it, and calls that a quota refused.
+    from_golden: AtomicU64,
+    limited: AtomicU64,
 }
 
 async fn start(
@@ -116,6 +121,9 @@ impl Sim {
             uids: Mutex::default(),
             count: AtomicU64::new(0),
             swept: AtomicU64::new(0),
+            golden: OnceLock::new(),
+            from_golden: AtomicU64::new(0),
+            limited: AtomicU64::new(0),
         };
         // Sessions begin.
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -126,6 +134,9 @@ impl Sim {
         };
         let spec = types::TemplateSpec { containers: vec![main], ..Default::default() };
         sim.engine().create_template("space", "t", &spec, BTreeMap::new(), false).await.unwrap();
+        let spec = types::TemplateSpec { golden: true, ..spec };
+        let golden = sim.engine().create_template("space", "g", &spec, BTreeMap::new(), false).await.unwrap();
+        let _ = sim.golden.set(golden.uid);
         for _ in 0..ACTORS {
             sim.create().await;
         }
@@ -181,6 +192,9 @@ impl Sim {
                 }
                 Ok(outcome) => {
                     let said = outcome.as_ref().err().map(ToString::to_string);
+                    if matches!(outcome, Err(CallError::Quota(_))) {
+                        self.limited.fetch_add(1, Ordering::Relaxed);
+                    }
                     self.world.note(format_args!("{uid}: {verb:?}: {said:?}"));
                     return Some(outcome);
                 }
@@ -192,7 +206,8 @@ impl Sim {
     async fn create(&self) {
         let (name, key) = (format!("a{}", self.number()), self.key("create"));
         for _ in 0..5 {
-            let spec = types::ActorSpec { template: "t".into(), ..Default::default() };
+            let template = if self.world.below(3) == 0 { "t" } else { "g" };
+            let spec = types::ActorSpec { template: template.into(), ..Default::default() };
             let engine = self.engine();
             match engine.create_actor("space", &name, spec, None, false, Some(key.clone())).await {
                 Ok(actor) => return lock(&self.uids).push(actor.uid),
@@ -316,7 +331,7 @@ impl Sim {
         let victim =
             (!copies.is_empty()).then(|| copies[self.world.below(copies.len())].assignment.actor_uid.clone());
         let jump = self.world.ms(0, 7_200_000).as_millis() as i64 - 3_600_000;
-        match self.world.below(16) {
+        match self.world.below(17) {
             0..=1 => {
                 if let Some(uid) = victim {
                     self.world.note(format_args!("the worker of {uid} dies"));
@@ -353,6 +368,16 @@ impl Sim {
             }
             11..=12 => node.evict(),
             13 => node.rot(),
+            14 => {
+                let quota = match self.world.below(5) {
+                    0 => Quota { actors: 3, ..Quota::default() },
+                    1 => Quota { running: 1, ..Quota::default() },
+                    2 => Quota { snapshot_bytes: 300, ..Quota::default() },
+                    3 => Quota { wakeups_per_s: 1, ..Quota::default() },
+                    _ => Quota::default(),
+                };
+                self.limit(quota).await;
+            }
             _ => {}
         }
         if self.engine().dead.is_cancelled() {
@@ -360,9 +385,39 @@ impl Sim {
         }
     }
 
+    async fn limit(&self, quota: Quota) {
+        let outcome = self.engine().set_quota("space", quota).await;
+        self.world.note(format_args!("{quota:?}: {:?}", outcome.err().map(|error| error.to_string())));
+    }
+
+    /// What is counted for quotas is what there is.
+    async fn check_usage(&self) -> Result<(), String> {
+        let actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        let usage = self.store.usage("space").await.unwrap();
+        let bytes = actors.iter().map(Actor::snapshot_bytes).sum::<u64>();
+        let is = (actors.len() as u64, bytes);
+        if (usage.actors, usage.bytes) != is {
+            return Err(format!("quotas count {usage:?}, and there is {is:?}"));
+        }
+        Ok(())
+    }
+
+    /// The golden snapshot is there once nothing is in its way, and whole.
+    async fn check_golden(&self) -> Result<(), String> {
+        let template = self.golden.get().ok_or("no golden template")?;
+        for _ in 0..600 {
+            if self.engine().golden_status(template).iter().any(|golden| golden.state == "READY") {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        Err(format!("P5: no golden snapshot: {:?}", self.engine().golden_status(template)))
+    }
+
     /// P2: what records name is there.
     async fn check_references(&self) {
-        let actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        let mut actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        actors.extend(store::list_all::<Actor>(&*self.store, Query::all(Kind::Golden)).await.unwrap());
         for actor in actors.iter().filter(|actor| actor.state != State::Deleting) {
             for snapshot in &actor.snapshots {
                 let id = &snapshot.id;
@@ -397,6 +452,7 @@ impl Sim {
         self.restart(Duration::from_millis(100)).await;
         // Messages that are under way arrive; sessions begin anew, leases are granted again.
         tokio::time::sleep(Duration::from_mins(1)).await;
+        self.limit(Quota::default()).await;
         let mut tries = 0;
         while self.engine().drivers() > 0 {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -408,6 +464,8 @@ impl Sim {
         self.check().await?;
         // Also those of whose creation no client ever heard.
         let actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        let golden = |actor: &&Actor| actor.snapshots.iter().any(|snapshot| snapshot.cause == "golden");
+        self.from_golden.fetch_add(actors.iter().filter(golden).count() as u64, Ordering::Relaxed);
         let uids: Vec<ActorUid> = actors.into_iter().map(|actor| actor.uid).collect();
         for uid in &uids {
             let Some(actor) = self.find(uid).await else { continue };
@@ -454,6 +512,9 @@ impl Sim {
                 return Err(format!("P4: {uid} went back, and no event says so"));
             }
         }
+        self.check_usage().await?;
+        // Everybody sleeps: workers are free for the maker.
+        self.check_golden().await?;
         let booked: usize = self
             .nodes
             .iter()
@@ -523,11 +584,13 @@ impl Sim {
 }
 
 /// What a seed led to: the digest of all that happened, how many answers had to be kept, how many orphans were
-/// swept, and what broke.
+/// swept, actors came from the golden snapshot and calls were refused by a quota, and what broke.
 struct Run {
     digest: u64,
     promises: usize,
     swept: u64,
+    from_golden: u64,
+    limited: u64,
     outcome: Result<(), String>,
 }
 
@@ -543,8 +606,10 @@ fn simulate(seed: u64, undone: Option<Rule>) -> Run {
             let trace = if sim.world.verdict().is_some() { String::new() } else { sim.world.last() };
             format!("seed {seed} (replay: ATEAPI_SEED={seed} ATEAPI_SEEDS=1): {what}\n{trace}")
         });
-        let swept = sim.swept.load(Ordering::Relaxed);
-        Run { digest: sim.world.digest(), promises: sim.world.promises(), swept, outcome }
+        let [swept, from_golden, limited] =
+            [&sim.swept, &sim.from_golden, &sim.limited].map(|count| count.load(Ordering::Relaxed));
+        let promises = sim.world.promises();
+        Run { digest: sim.world.digest(), promises, swept, from_golden, limited, outcome }
     })
 }
 
@@ -556,15 +621,20 @@ fn number(name: &str, default: u64) -> u64 {
 fn random_weather() {
     let first = number("ATEAPI_SEED", 0);
     let (mut promises, mut swept, mut failed) = (0, 0, Vec::new());
+    let (mut from_golden, mut limited) = (0, 0);
     for seed in first..first + number("ATEAPI_SEEDS", 150) {
         let run = simulate(seed, None);
         promises += run.promises;
         swept += run.swept;
+        from_golden += run.from_golden;
+        limited += run.limited;
         failed.extend(run.outcome.err());
     }
     assert!(failed.is_empty(), "{} seeds failed:\n{}", failed.len(), failed.join("\n\n"));
     assert!(promises > 0, "nothing was answered, so nothing was checked");
     assert!(swept > 0, "nothing was ever swept");
+    assert!(from_golden > 0, "nothing ever started from a golden snapshot");
+    assert!(limited > 0, "no quota ever refused a call");
 }
 
 #[test]

@@ -7,7 +7,6 @@ use hyper_util::rt::TokioIo;
 use substrate_proto::atelet::node_client::NodeClient as Stub;
 use substrate_proto::tls::ClientFiles;
 use substrate_proto::{atelet, types};
-use tonic::codegen::http::Uri;
 use tonic::codegen::http::uri::Authority;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Response, Status};
@@ -32,37 +31,34 @@ impl GrpcNode {
     /// # Errors
     /// What is wrong with the endpoint or the files.
     pub fn new(endpoint: &str, tls: Option<&ClientFiles>) -> Result<Self, String> {
-        let uri: Uri = endpoint.parse().map_err(|error| format!("it is no address ({error})"))?;
-        let settled = |endpoint: Endpoint| {
-            endpoint
-                .connect_timeout(Duration::from_secs(5))
-                .http2_keep_alive_interval(Duration::from_secs(10))
-                .keep_alive_timeout(Duration::from_secs(10))
-                .keep_alive_while_idle(true)
+        let settled = |address: String| {
+            let endpoint = Endpoint::from_shared(address).map_err(|error| error.to_string())?;
+            Ok::<_, String>(
+                endpoint
+                    .connect_timeout(Duration::from_secs(5))
+                    .http2_keep_alive_interval(Duration::from_secs(10))
+                    .keep_alive_timeout(Duration::from_secs(10))
+                    .keep_alive_while_idle(true),
+            )
         };
-        let channel = match (uri.scheme_str(), uri.host(), uri.port_u16(), tls) {
-            (Some("https"), Some(host), Some(port), Some(files)) => {
+        let channel = match (endpoint.strip_prefix("https://"), tls) {
+            (Some(authority), Some(files)) => {
                 files.check().map_err(|error| error.to_string())?;
-                let (host, files) = (host.trim_matches(['[', ']']).to_owned(), files.clone());
+                let parsed: Authority =
+                    authority.parse().map_err(|error| format!("it is no address ({error})"))?;
+                let port = parsed.port_u16().ok_or("it has no port")?;
+                let (host, files) = (parsed.host().trim_matches(['[', ']']).to_owned(), files.clone());
                 // The connector does the TLS, with the files as they are at each dial; tonic is to see none.
-                let plain = Endpoint::from_shared(format!(
-                    "http://{}",
-                    uri.authority().map_or("", Authority::as_str)
+                settled(format!("http://{authority}"))?.connect_with_connector_lazy(tower::service_fn(
+                    move |_| {
+                        let (host, files) = (host.clone(), files.clone());
+                        async move { files.dial(&host, port).await.map(TokioIo::new) }
+                    },
                 ))
-                .map_err(|error| error.to_string())?;
-                settled(plain).connect_with_connector_lazy(tower::service_fn(move |_| {
-                    let (host, files) = (host.clone(), files.clone());
-                    async move { files.dial(&host, port).await.map(TokioIo::new) }
-                }))
             }
-            (Some("https"), Some(_), Some(_), None) => {
-                return Err("it needs tls: ca, cert and key".to_owned());
-            }
-            (Some("unix"), ..) if tls.is_none() => {
-                settled(Endpoint::from_shared(endpoint.to_owned()).map_err(|error| error.to_string())?)
-                    .connect_lazy()
-            }
-            _ => return Err("it is neither a Unix socket nor a TLS address with a port".to_owned()),
+            (Some(_), None) => return Err("it needs tls: ca, cert and key".to_owned()),
+            (None, None) if endpoint.starts_with("unix:/") => settled(endpoint.to_owned())?.connect_lazy(),
+            (None, _) => return Err("it is neither a Unix socket nor a TLS address with a port".to_owned()),
         };
         Ok(Self(
             Stub::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE),

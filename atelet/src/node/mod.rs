@@ -9,12 +9,13 @@
 //! | `activate` | Activate, Release: putting actors on workers and taking them off |
 //! | `preserve` | Checkpoint, Upload, and what becomes of snapshots |
 //! | `answers` | what an ateom's answers mean in this node's contract |
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use substrate_proto::atelet;
 use substrate_proto::types::Assignment;
 use tokio::sync::{Semaphore, watch};
+use tonic::Status;
 
 use crate::Config;
 use crate::actor::ledger::Ledger;
@@ -69,6 +70,9 @@ pub(crate) struct Node {
     held: Mutex<HashMap<String, (u64, Vec<Image>)>>,
     activations: Flights<Life, atelet::ActivateResponse>,
     checkpoints: Flights<SnapshotKey, atelet::CheckpointResponse>,
+    /// Refused checkpoints, newest last: a duplicate that was under way all the while is refused as well, so that it
+    /// ends nothing that the control plane takes for running.
+    refused: Mutex<VecDeque<(SnapshotKey, Status)>>,
     uploads: Flights<SnapshotKey, atelet::UploadResponse>,
     fetches: Flights<SnapshotKey, ()>,
     releases: Flights<Life, ()>,

@@ -10,7 +10,7 @@
 //!
 //! A checkpoint goes on in the ateom when this process dies. The retry after its restart finds the unfinished
 //! directory and asks the ateom for the same directory again, which joins it or answers what it made (`ateom.proto`).
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use substrate_proto::atelet::{
     CheckpointRequest, CheckpointResponse, DeleteBlobsRequest, DropSnapshotRequest, NodeSnapshot,
@@ -22,7 +22,7 @@ use substrate_proto::types::Assignment;
 use tonic::{Code, Status};
 
 use super::activate::{Steps, required};
-use super::{Node, answers};
+use super::{Node, SnapshotKey, answers};
 use crate::error::{NodeError, actor_name};
 use crate::snapshot::node::{Draft, NodeSnapshot as Local, Staging, described};
 use crate::snapshot::restore::Wanted;
@@ -31,6 +31,8 @@ use crate::worker::{Client, View, Worker};
 
 /// Room that a checkpoint needs besides the actor's memory and volumes, bytes.
 const CHECKPOINT_BYTES: u64 = 32 << 20;
+/// Refused checkpoints that are remembered.
+const REFUSED: usize = 1024;
 const WORKER_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// The actor is not in its slot.
@@ -60,11 +62,34 @@ impl Node {
         }
         self.ledger.check(&assignment)?;
         let node = Arc::clone(self);
+        let key = (uid, request.snapshot_id.clone());
+        if let Some(status) = self.refused_before(&key) {
+            return Err(status);
+        }
         self.checkpoints
-            .run((uid, request.snapshot_id.clone()), move |_| async move {
-                Ok(node.make_checkpoint(&assignment, &request).await?)
+            .run(key.clone(), move |_| async move {
+                let outcome = node.make_checkpoint(&assignment, &request).await.map_err(Status::from);
+                if let Err(status) = &outcome
+                    && status.code() == Code::FailedPrecondition
+                {
+                    node.note_refused(key, status.clone());
+                }
+                outcome
             })
             .await
+    }
+
+    fn refused_before(&self, key: &SnapshotKey) -> Option<Status> {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.iter().find(|(known, _)| known == key).map(|(_, status)| status.clone())
+    }
+
+    fn note_refused(&self, key: SnapshotKey, status: Status) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        if refused.len() == REFUSED {
+            refused.pop_front();
+        }
+        refused.push_back((key, status));
     }
 
     async fn make_checkpoint(

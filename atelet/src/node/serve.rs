@@ -119,6 +119,7 @@ pub async fn serve(
             held: Mutex::default(),
             activations: Flights::default(),
             checkpoints: Flights::default(),
+            refused: Mutex::default(),
             uploads: Flights::default(),
             fetches: Flights::default(),
             releases: Flights::default(),

@@ -383,6 +383,10 @@ async fn a_refused_checkpoint_leaves_the_actor_running() {
     assert_eq!((error.code(), reason(&error).as_str()), (Code::FailedPrecondition, "BUSY"));
     std::fs::remove_file(machine.knob("w1", "checkpoint-refused")).unwrap();
     let nonce = node.nonce(&first).await;
+    // A duplicate that comes late finds it idle, and ends nothing: its refusal was believed.
+    let error = node.client.checkpoint(checkpoint(&first, "s1", Mode::Stop)).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::FailedPrecondition, "BUSY"));
+    assert_eq!(node.nonce(&first).await, nonce);
     let left: Vec<_> =
         std::fs::read_dir(machine.config.dir.join("snapshots/u1")).unwrap().flatten().collect();
     assert!(left.is_empty(), "{left:?}");

@@ -66,6 +66,8 @@ struct Inner {
     highest: HashMap<String, u64>,
     /// Generations whose release was asked for: a late start of theirs is refused.
     ended: HashMap<String, u64>,
+    /// Checkpoints that were refused: a duplicate that comes late is refused as well.
+    refused: BTreeSet<(String, String)>,
     /// When each checkpoint began, by snapshot id.
     begun: Vec<(String, Duration)>,
     /// What was granted last, for activations.
@@ -150,6 +152,7 @@ impl Inner {
         self.session.clear();
         self.requests.clear();
         self.granted = Duration::ZERO;
+        self.refused.clear();
         for slot in self.slots.values_mut() {
             if let Some(copy) = &mut slot.copy {
                 copy.stopping = false;

@@ -239,6 +239,9 @@ impl NodeClient for Stub {
             if let Some(saved) = inner.snapshots.get(&key) {
                 return Ok(made(saved));
             }
+            if inner.refused.contains(&key) {
+                return Err(Status::failed_precondition("it was refused before"));
+            }
             let copy = inner.copy_of(&assignment)?;
             if stops {
                 copy.stopping = true;
@@ -254,6 +257,7 @@ impl NodeClient for Stub {
             let copy = inner.copy_of(&assignment)?;
             if self.0.fails(0.05) {
                 copy.stopping = false;
+                inner.refused.insert(key);
                 return Err(Status::failed_precondition("the disk is full"));
             }
             let breaks = stops && self.0.fails(0.03);
