@@ -62,7 +62,11 @@ impl Node {
         let node = Arc::clone(self);
         self.checkpoints
             .run((uid, request.snapshot_id.clone()), move |_| async move {
-                Ok(node.make_checkpoint(&assignment, &request).await?)
+                let begun = std::time::Instant::now();
+                let outcome = node.make_checkpoint(&assignment, &request).await;
+                let mode = if request.mode() == Mode::Stop { "stop" } else { "keep" };
+                crate::metrics::checkpoint(mode, outcome.is_ok(), begun);
+                Ok(outcome?)
             })
             .await
     }
@@ -285,7 +289,15 @@ impl Node {
     pub(super) async fn upload(self: &Arc<Self>, request: UploadRequest) -> Result<UploadResponse, Status> {
         let key = (request.actor_uid.clone(), request.snapshot_id.clone());
         let node = Arc::clone(self);
-        self.uploads.run(key, move |_| async move { Ok(node.make_upload(request).await?) }).await
+        self.uploads
+            .run(key, move |_| async move {
+                let begun = std::time::Instant::now();
+                let outcome = node.make_upload(request).await;
+                let ended = outcome.as_ref().ok().map(|response| (response.bytes, response.stored_bytes));
+                crate::metrics::upload(ended, begun);
+                Ok(outcome?)
+            })
+            .await
     }
 
     async fn make_upload(self: &Arc<Self>, request: UploadRequest) -> Result<UploadResponse, NodeError> {
@@ -399,6 +411,7 @@ impl Node {
         let removed = crate::blocking(move || {
             node.snapshots.purge(&uid)?;
             node.places.purge(&uid, &request.atespace, &request.actor_name)?;
+            node.logs.forget(&node.places.log_dir(&request.atespace, &request.actor_name));
             node.ledger.forget(&uid);
             Ok::<_, NodeError>(())
         })

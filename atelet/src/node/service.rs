@@ -210,7 +210,7 @@ impl node_server::Node for Service {
             .into());
         }
         let path = self.0.places.log_dir(&known.atespace, &known.name).join(format!("{container}.log"));
-        let chunks = crate::logs::read(path, request.tail, request.follow)?;
+        let chunks = self.0.logs.read(path, request.tail, request.follow)?;
         Ok(Response::new(chunks.map(|chunk| chunk.map(|data| api::LogsChunk { data })).boxed()))
     }
 }

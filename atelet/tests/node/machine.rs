@@ -70,6 +70,7 @@ impl Machine {
                 id: format!("w{number}"),
                 pool: "default".into(),
                 class: atelet::WorkerClass::Gvisor,
+                runtime: None,
             })
             .collect();
         let run = dir.path().join("run");

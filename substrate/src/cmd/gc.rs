@@ -37,6 +37,9 @@ struct Report {
     abandoned_uploads: u64,
     /// Actors that are no more, of which this machine still held snapshots.
     purged: Vec<String>,
+    /// Runtime assets that neither a snapshot, nor the sandbox config, nor a worker names.
+    runtimes: Vec<String>,
+    runtime_bytes: u64,
 }
 
 /// Collects.
@@ -77,6 +80,10 @@ pub async fn run(options: Gc, global: &Global) -> Result<(), Failure> {
         }
         report.purged.push(uid);
     }
+    for (digest, bytes) in stored.collect_runtimes(&inventory, options.dry_run)? {
+        report.runtimes.push(digest);
+        report.runtime_bytes += bytes;
+    }
     if global.output.is_machine() {
         return print(&machine_text(&report, global.output)?);
     }
@@ -87,6 +94,9 @@ pub async fn run(options: Gc, global: &Global) -> Result<(), Failure> {
     }
     for uid in &report.purged {
         let _ = writeln!(text, "{verb} the snapshots on this machine of actor {uid}, which is no more");
+    }
+    for digest in &report.runtimes {
+        let _ = writeln!(text, "{verb} runtime {digest}");
     }
     let _ = writeln!(
         text,

@@ -128,6 +128,21 @@ impl Machine {
         workers: u32,
         more: &[&str],
     ) -> Result<Self> {
+        let runsc = runsc()?;
+        let more = [&["--runsc", runsc.to_str().context("runsc path")?][..], more].concat();
+        Self::start_without_runsc(dir, root, workers, &more).await
+    }
+
+    /// Starts one whose runsc is what `more` says.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn start_without_runsc(
+        dir: PathBuf,
+        root: Option<tempfile::TempDir>,
+        workers: u32,
+        more: &[&str],
+    ) -> Result<Self> {
         let mut args: Vec<String> = [
             "up",
             "--json",
@@ -137,8 +152,6 @@ impl Machine {
             &workers.to_string(),
             "--listen",
             "127.0.0.1:0",
-            "--runsc",
-            runsc()?.to_str().context("runsc path")?,
         ]
         .map(String::from)
         .to_vec();

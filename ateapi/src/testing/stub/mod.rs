@@ -419,6 +419,7 @@ impl StubNode {
                 ..Default::default()
             }),
             alive: !slot.dead,
+            restores_only: false,
         }
     }
 
