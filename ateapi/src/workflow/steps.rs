@@ -152,7 +152,8 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
             request(&engine, &actor, work.source.as_ref(), work.keep_volumes, assignment.clone())
                 .await
                 .map_err(Insist::Fault)?;
-        if work.source.is_none() {
+        // Nothing is built inside the deadline of a call that has one; where the snapshot is, its image is too.
+        if request.snapshot.as_ref().is_none_or(|snapshot| snapshot.node_digest.is_empty()) {
             for container in request.template.iter().flat_map(|template| &template.containers) {
                 let mounted = container.image_mounts.iter().map(|mount| &mount.image);
                 for image in std::iter::once(&container.image).chain(mounted) {
@@ -340,7 +341,7 @@ async fn ensure_image(
     reference: &str,
 ) -> Result<atelet::ImageInfo, Insist> {
     let seen = std::sync::atomic::AtomicU32::new(u32::MAX);
-    pull(engine, node, &actor.atespace, reference, |percent| {
+    pull(engine, node, &actor.atespace, &actor.class, reference, |percent| {
         // In steps of ten: each is a commit.
         let rounded = percent / 10 * 10;
         if seen.swap(rounded, std::sync::atomic::Ordering::Relaxed) != rounded {
@@ -354,13 +355,17 @@ async fn pull(
     engine: &Engine,
     node: &NodeHandle,
     atespace: &str,
+    class: &str,
     reference: &str,
     report: impl Fn(u32) + Send + Sync,
 ) -> Result<atelet::ImageInfo, Insist> {
     let report = &report;
     insist(engine, node, StepName::EnsureImages, Some(ACTIVATE_ATTEMPTS), |client| {
-        let request =
-            atelet::EnsureImageRequest { atespace: atespace.to_owned(), reference: reference.to_owned() };
+        let request = atelet::EnsureImageRequest {
+            atespace: atespace.to_owned(),
+            reference: reference.to_owned(),
+            sandbox_class: class.to_owned(),
+        };
         async move {
             let mut messages = client.ensure_image(request).await?;
             while let Some(message) = messages.next().await {
@@ -384,9 +389,10 @@ pub(crate) async fn resolve_image(
     engine: &Engine,
     node: &NodeHandle,
     atespace: &str,
+    class: &str,
     reference: &str,
 ) -> Result<atelet::ImageInfo, Fault> {
-    match pull(engine, node, atespace, reference, |_| {}).await {
+    match pull(engine, node, atespace, class, reference, |_| {}).await {
         Ok(image) => Ok(image),
         Err(Insist::Fault(fault)) => Err(fault),
         Err(Insist::NodeLost(message)) => Err(Fault::Unknown { reason: None, message }),
