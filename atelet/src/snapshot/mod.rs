@@ -217,15 +217,27 @@ impl FileKind {
         }
     }
 
-    /// Size of the blocks it is cut into, bytes. Memory that a workload dirties at random costs a whole block for
-    /// each page, so its blocks are the smallest that the format has; the rest compresses better in larger ones.
-    pub fn block_size(self) -> u32 {
-        match self {
+    /// Size of the blocks that a file of `size` bytes is cut into, bytes. Memory that a workload dirties at random costs
+    /// a whole block for each page, so its blocks are small; the rest compresses better in larger ones. Larger files
+    /// have larger blocks: the list of them is held in memory, and stays under [`MAX_BLOCKS`].
+    pub fn block_size(self, size: u64) -> u32 {
+        let mut block: u32 = match self {
             Self::Memory => 64 << 10,
             Self::State | Self::Volume => 256 << 10,
+        };
+        while block < MAX_BLOCK && size.div_ceil(u64::from(block)) > MAX_BLOCKS {
+            block *= 2;
         }
+        block
     }
 }
+
+/// Largest block, bytes.
+pub(crate) const MAX_BLOCK: u32 = 4 << 20;
+/// Smallest block, bytes.
+pub(crate) const MIN_BLOCK: u32 = 4 << 10;
+/// Blocks of a file while they can still be made larger.
+const MAX_BLOCKS: u64 = 1 << 17;
 
 /// Checks an id that becomes part of a path and of an object's key.
 pub(crate) fn check_name<'a>(what: &'static str, value: &'a str) -> Result<&'a str, SnapshotError> {

@@ -96,6 +96,33 @@ impl Stored {
             .doing(|| "cannot collect runtime assets".to_owned())
     }
 
+    /// Directories of actors' volumes and other files on this machine, by uid.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn bundles(&self) -> Result<Vec<(String, PathBuf)>, Failure> {
+        let dir = self.dir.join("node/actors");
+        let list = || -> std::io::Result<Vec<(String, PathBuf)>> {
+            let entries = match std::fs::read_dir(&dir) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+                other => other?,
+            };
+            let mut found = Vec::new();
+            for entry in entries {
+                let entry = entry?;
+                if let Ok(uid) = entry.file_name().into_string()
+                    && !uid.starts_with('.')
+                    && entry.file_type()?.is_dir()
+                {
+                    found.push((uid, entry.path()));
+                }
+            }
+            found.sort();
+            Ok(found)
+        };
+        list().doing(|| format!("cannot list {}", dir.display()))
+    }
+
     /// What the database says now.
     ///
     /// # Errors

@@ -58,7 +58,7 @@ async fn an_update_keeps_older_snapshots_and_a_revocation_stops_them_with_a_choi
     let dir = root.path().join("d");
     let config = config.to_str().context("path")?.to_owned();
     let mut machine =
-        Machine::start_without_runsc(dir.clone(), Some(root), 1, &["--config", &config]).await?;
+        Machine::start_without_runsc(dir.clone(), Some(root), 1, &["--config", &config], &[]).await?;
     machine.counter("alice", |_| ()).await?;
     let (count, nonce) = machine.count("alice").await?;
     machine.suspend("alice").await?;
