@@ -467,10 +467,15 @@ impl NodeSnapshots {
                 FileKind::Memory => self.memory_block.unwrap_or_else(|| kind.block_size(*size)),
                 _ => kind.block_size(*size),
             };
-            let digests = digest::of_file(&file, *size, block.into(), self.threads)
-                .and_then(|digests| file.sync_all().map(|()| digests))
-                .map_err(durable::at("digest", &path))
-                .map_err(SnapshotError::io(&staging.snapshot_id))?;
+            // Hashed while it is written to the disk.
+            let digests = std::thread::scope(|scope| {
+                let syncing = scope.spawn(|| file.sync_all());
+                let digests = digest::of_file(&file, *size, block.into(), self.threads);
+                let synced = syncing.join().unwrap_or_else(|_| Err(io::Error::other("the fsync panicked")));
+                synced.and(digests)
+            })
+            .map_err(durable::at("digest", &path))
+            .map_err(SnapshotError::io(&staging.snapshot_id))?;
             let digest = hex::encode(digests.whole);
             files.push((
                 RecordFile { name: name.clone(), kind: *kind, size: *size, block, digest },

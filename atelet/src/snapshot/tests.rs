@@ -241,7 +241,7 @@ async fn the_second_snapshot_stores_what_changed() {
     let third = bed.checkpoint("s3", 3, &[state(2), file(&memory)]);
     let parents = [parent, bed.manifest("s2", 2, &uploaded.manifest_digest).await];
     let uploaded = bed.durable.upload(&third, "blue", &parents).await.unwrap();
-    assert!(uploaded.stored_bytes < 50_000, "{uploaded:?}");
+    assert!(uploaded.stored_bytes < 200_000, "{uploaded:?}");
     assert!(uploaded.packs.iter().all(|pack| !pack.contains("3-s3")), "{uploaded:?}");
     // Another atespace's blocks are never referenced: their keys would be lost on it.
     let uploaded = bed.durable.upload(&bed.simple("s4", 4, 1), "red", &parents).await.unwrap();
@@ -285,7 +285,7 @@ async fn packs_that_are_mostly_dead_are_let_go_of_and_reads_stay_few() {
         // 5 % of the blocks, at random.
         for draw in 0..13 {
             let block = noise(generation * 1000 + draw, 8)[3] as usize % blocks;
-            memory[block << 16..(block << 16) + 4096].copy_from_slice(&noise(generation * 77 + draw, 4096));
+            memory[block << 16..(block + 1) << 16].copy_from_slice(&noise(generation * 77 + draw, 1 << 16));
         }
         let id = format!("s{generation}");
         let file = ("pages.img", FileKind::Memory, (memory.len() as u64, vec![(0, memory.clone())]));
@@ -318,7 +318,7 @@ async fn what_a_parent_has_is_not_even_read() {
     std::fs::remove_file(second.path(pages)).unwrap();
     File::create(second.path(pages)).unwrap();
     let unchanged = bed.durable.upload(&second, "blue", &parents).await.unwrap();
-    assert!(unchanged.stored_bytes < 5_000, "{unchanged:?}");
+    assert!(unchanged.stored_bytes < 10_000, "{unchanged:?}");
     let fetched = bed
         .durable
         .fetch(&bed.other_node(), &Bed::wanted("s2", 2, &unchanged.manifest_digest))
@@ -357,8 +357,8 @@ async fn what_a_parent_has_is_not_even_read() {
 #[test]
 fn the_list_of_blocks_stays_short_whatever_the_size() {
     let gib = 1u64 << 30;
-    for (size, block) in [(0, 64 << 10), (gib, 64 << 10), (8 * gib, 64 << 10), (8 * gib + 1, 128 << 10)] {
-        assert_eq!(FileKind::Memory.block_size(size), block, "{size}");
+    for (mib, block) in [(0, 4), (64, 4), (65, 8), (128, 8), (512, 32), (1024, 64), (8192, 64), (8193, 128)] {
+        assert_eq!(FileKind::Memory.block_size(mib << 20), block << 10, "{mib}");
     }
     assert_eq!(FileKind::Volume.block_size(gib), 256 << 10);
     assert_eq!(FileKind::Volume.block_size(64 << 40), 4 << 20);
