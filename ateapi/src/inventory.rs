@@ -42,7 +42,7 @@ pub enum Fate {
 /// What the database says, all of one moment.
 #[derive(Debug, Default)]
 pub struct Inventory {
-    /// Every actor.
+    /// Every actor, and the makers of golden snapshots.
     pub actors: Vec<Actor>,
     counted: BTreeMap<String, BTreeSet<Garbage>>,
     live: BTreeSet<String>,
@@ -107,8 +107,9 @@ impl Inventory {
         let read = async {
             // One moment for all three.
             let mut tx = connection.begin().await?;
-            let actors: Vec<String> = sqlx::query_scalar("SELECT doc FROM objects WHERE kind = ?")
+            let actors: Vec<String> = sqlx::query_scalar("SELECT doc FROM objects WHERE kind IN (?, ?)")
                 .bind(Kind::Actor as i64)
+                .bind(Kind::Golden as i64)
                 .fetch_all(&mut *tx)
                 .await?;
             let refs: Vec<(String, String)> =
@@ -199,6 +200,8 @@ impl Inventory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{GoldenMaker, Stored as _};
+    use crate::store::{Expect, SqliteStore, Store as _, Tx};
     use crate::testing::fixtures::{actor, snapshot};
 
     #[test]
@@ -232,6 +235,22 @@ mod tests {
         }
         assert_eq!(all.contradictions(), Vec::<String>::new());
         assert!(all.knows(actor.uid.as_str()) && !all.knows("other"));
+    }
+
+    #[tokio::test]
+    async fn what_a_maker_of_golden_snapshots_holds_is_no_orphan() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        let mut maker = actor();
+        maker.golden = Some(GoldenMaker { runtime_digest: "sha256:r".into() });
+        maker.snapshots = vec![snapshot("s1", false)];
+        let puts = vec![(maker.object(), Expect::Absent)];
+        store.commit(Tx { puts, ..Tx::default() }).await.unwrap();
+        let all = Inventory::read(&path).await.unwrap();
+        let upload = directory(&maker.snapshots[0]);
+        assert_eq!(all.fate(&format!("{upload}/packs/0")), Fate::Pending);
+        assert!(all.knows(maker.uid.as_str()));
     }
 
     #[test]

@@ -25,6 +25,7 @@ mod egress;
 mod engine;
 mod idle;
 pub mod inventory;
+mod metrics;
 pub mod model;
 pub mod node;
 mod retention;
@@ -125,6 +126,7 @@ pub async fn serve(
         Arc::new(workflow::NoFaults),
     )
     .await?;
+    engine.spawn(metrics::watch(Arc::clone(&engine), config.database.clone()));
     let service = service::ControlService::new(Arc::clone(&engine));
     let control = ControlServer::new(access::Guarded::new(service, Arc::clone(&access)))
         .max_decoding_message_size(MAX_REQUEST);

@@ -5,7 +5,10 @@
 //! ```text
 //! snapshot_bench DIR save CHECKPOINT-DIR ID GENERATION [PARENT-ID PARENT-GENERATION PARENT-DIGEST]
 //! snapshot_bench DIR load ID GENERATION DIGEST      into a node of its own; prints where the files are
+//! snapshot_bench DIR hash CHECKPOINT-DIR            only the digests of the files
 //! ```
+//!
+//! `cpu_s` is user and system time of all of it.
 //!
 //! `SNAPSHOT_BENCH_BLOCK`: bytes of a block of memory, to compare sizes.
 use std::path::{Path, PathBuf};
@@ -13,6 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use atelet::blob::LocalStore;
+use atelet::snapshot::digest::of_file;
 use atelet::snapshot::node::{Draft, NodeSnapshots};
 use atelet::snapshot::restore::{Durable, Wanted};
 use atelet::snapshot::{FileKeyStore, FileKind};
@@ -83,14 +87,14 @@ async fn run() -> Outcome<()> {
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let keys = Arc::new(FileKeyStore::open(&dir.join("keys"))?);
     let store = Arc::new(LocalStore::open(&dir.join("blobs"))?);
-    let mut durable = Durable::new(store, keys, threads);
-    if let Ok(block) = std::env::var("SNAPSHOT_BENCH_BLOCK") {
-        durable = durable.with_memory_block(block.parse()?);
-    }
+    let durable = Durable::new(store, keys, threads);
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let answer = match words.as_slice() {
         ["save", from, id, generation, ..] => {
-            let node = NodeSnapshots::open(&dir.join("node"), threads)?;
+            let mut node = NodeSnapshots::open(&dir.join("node"), threads)?;
+            if let Ok(block) = std::env::var("SNAPSHOT_BENCH_BLOCK") {
+                node = node.with_memory_block(block.parse()?);
+            }
             save(&durable, &node, Path::new(from), id, generation, &args[4..]).await?
         }
         ["load", id, generation, digest] => {
@@ -99,8 +103,21 @@ async fn run() -> Outcome<()> {
             let fetched = durable.fetch(&node, &wanted(id, generation, digest)?).await?;
             serde_json::json!({"load_s": begun.elapsed().as_secs_f64(), "files": fetched.files_dir()})
         }
+        ["hash", from] => {
+            let begun = Instant::now();
+            for entry in std::fs::read_dir(from)? {
+                let file = std::fs::File::open(entry?.path())?;
+                let size = file.metadata()?.len();
+                of_file(&file, size, FileKind::Memory.block_size(size).into(), threads)?;
+            }
+            serde_json::json!({"hash_s": begun.elapsed().as_secs_f64()})
+        }
         _ => return Err("see the top of snapshot_bench.rs".into()),
     };
+    let mut answer = answer;
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
+    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    answer["cpu_s"] = (seconds(usage.user_time()) + seconds(usage.system_time())).into();
     println!("{answer}");
     Ok(())
 }

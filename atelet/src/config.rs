@@ -23,6 +23,9 @@ pub struct WorkerConfig {
     /// What it runs: `gvisor` or `microvm`. Default: `gvisor`.
     #[serde(default)]
     pub class: WorkerClass,
+    /// Name of the runtime in the sandbox config that it runs. Default: the class's own (`runsc`, `microvm`).
+    #[serde(default)]
+    pub runtime: Option<String>,
 }
 
 /// What a worker runs.
@@ -154,6 +157,9 @@ pub struct Config {
     /// Its sha256 (hex), checked by each ateom. Default: not checked.
     #[serde(default)]
     pub runsc_sha256: Option<String>,
+    /// The sandbox config: runtimes by content, what is revoked. Default: none.
+    #[serde(default)]
+    pub sandbox_config: Option<PathBuf>,
     /// For workers of the microVM class. Default: none, which allows no such worker.
     #[serde(default)]
     pub microvm: Option<MicrovmConfig>,
@@ -171,6 +177,10 @@ pub struct Config {
     /// Node snapshots that the control plane allowed to drop stay as cache up to this much in all. Default: 8 GiB.
     #[serde(default = "default_cache")]
     pub snapshot_cache_bytes: u64,
+    /// Images that no actor known here needs stay as a cache up to this much with those that are needed. Default:
+    /// 64 GiB.
+    #[serde(default = "default_images")]
+    pub image_cache_bytes: u64,
     /// An actor's log is rotated beyond this size. Default: 16 MiB.
     #[serde(default = "default_log_bytes")]
     pub log_max_bytes: u64,
@@ -196,6 +206,9 @@ fn default_min_free() -> u64 {
 }
 fn default_cache() -> u64 {
     8 << 30
+}
+fn default_images() -> u64 {
+    64 << 30
 }
 fn default_log_bytes() -> u64 {
     16 << 20
@@ -238,12 +251,14 @@ impl Config {
             ateom_binary,
             runsc,
             runsc_sha256: None,
+            sandbox_config: None,
             microvm: None,
             egress_socket: run.join("egress.sock"),
             cgroup: default_cgroup(),
             image_limits: ImageLimits::default(),
             min_free_bytes: default_min_free(),
             snapshot_cache_bytes: default_cache(),
+            image_cache_bytes: default_images(),
             log_max_bytes: default_log_bytes(),
             log_files: default_log_files(),
             concurrent_starts: default_restores(),

@@ -42,6 +42,9 @@ pub enum Error {
     /// The image store cannot be opened.
     #[error(transparent)]
     Images(#[from] ImageError),
+    /// The sandbox config or an asset of it cannot be used.
+    #[error(transparent)]
+    Assets(#[from] crate::asset::AssetError),
     /// The blob store cannot be opened.
     #[error(transparent)]
     Blobs(#[from] BlobError),
@@ -142,6 +145,45 @@ pub enum NodeError {
     /// The disk is too full.
     #[error(transparent)]
     DiskLow(#[from] DiskLow),
+    /// The runtime is revoked.
+    #[error(
+        "{}runtime {runtime} is revoked by {}: {}",
+        match snapshot { Some(id) => format!("snapshot {id} of {actor} is not restored, its "), None => String::new() },
+        file.display(),
+        match snapshot {
+            Some(_) => "`reset` boots the actor afresh (volumes kept, memory lost), or an administrator lets it pass \
+                        once more with [[overrides]] there",
+            None => "put another one first in [[gvisor.runtimes]] there and start the node again",
+        }
+    )]
+    RuntimeRevoked {
+        /// Name of the actor.
+        actor: String,
+        /// What was to be restored; none for a boot.
+        snapshot: Option<String>,
+        /// Its sha256.
+        runtime: String,
+        /// The sandbox config.
+        file: PathBuf,
+    },
+    /// The snapshot is older than the sandbox config allows.
+    #[error(
+        "snapshot {snapshot} of {actor} is not restored: it is {days} days old, {} allows {max_days}; `reset` boots the \
+         actor afresh (volumes kept, memory lost), or an administrator lets it pass once more with [[overrides]] there",
+        file.display()
+    )]
+    SnapshotTooOld {
+        /// Name of the actor.
+        actor: String,
+        /// Which.
+        snapshot: String,
+        /// Its age.
+        days: u64,
+        /// Allowed.
+        max_days: u32,
+        /// The sandbox config.
+        file: PathBuf,
+    },
     /// A checkpoint was refused before anything was touched.
     #[error("{0}")]
     CheckpointRefused(String),
@@ -187,9 +229,7 @@ pub enum NodeError {
         metadata: HashMap<String, String>,
     },
     /// Sent in a session that is over, or before this one has begun here.
-    #[error(
-        "the start was sent in another session of the control plane than the one that stands; call again"
-    )]
+    #[error("the call was sent in another session of the control plane than the one that stands; call again")]
     OtherSession,
     /// The worker died under the call and is fenced.
     #[error("worker {worker} was lost during {during}: {reason}")]
@@ -237,6 +277,9 @@ impl NodeError {
             Self::NoLease => (Code::Unavailable, "NO_LEASE"),
             Self::DiskLow(_) => (Code::ResourceExhausted, "DISK_LOW"),
             Self::CheckpointRefused(_) => (Code::FailedPrecondition, "REFUSED"),
+            // Neither is for good: the snapshot is whole, and the file may change.
+            Self::RuntimeRevoked { .. } => (Code::PermissionDenied, "RUNTIME_REVOKED"),
+            Self::SnapshotTooOld { .. } => (Code::PermissionDenied, "SNAPSHOT_TOO_OLD"),
             Self::Snapshot(error) => error.code_and_reason(),
             Self::Blob(error) => error.code_and_reason(),
             Self::Key(_) => (Code::Internal, "KEY"),

@@ -8,13 +8,14 @@
 //! ```
 //!
 //! It owns the workers' processes ([`worker`]), what is local to this machine of each actor ([`actor`]), the images
-//! ([`image`]), the snapshots on its disk and their way to and from the blob store ([`snapshot`], [`blob`]). It
+//! ([`image`]), the binaries that sandboxes run on ([`asset`]), the snapshots on its disk and their way to and from the blob store ([`snapshot`], [`blob`]). It
 //! decides nothing about actors: what runs where is the control plane's word, and its lease ([`lease`]) is handed to
 //! every ateom, which enforces it alone. A restart of this process loses nothing: workers outlive it and are adopted
 //! ([`worker`]), and every call is a task of its own that a retry joins ([`flight`]).
 #![deny(unsafe_code)]
 
 pub mod actor;
+pub mod asset;
 pub mod blob;
 mod config;
 pub mod disk;
@@ -24,6 +25,7 @@ pub mod flight;
 pub mod image;
 pub mod lease;
 pub mod logs;
+mod metrics;
 mod node;
 pub mod snapshot;
 mod sys;

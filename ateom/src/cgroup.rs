@@ -645,6 +645,54 @@ mod tests {
         assert_eq!(key(text, "rss"), None);
     }
 
+    /// This machine has one kind of hierarchy; the other is played by plain files.
+    #[test]
+    fn limits_go_to_v2_where_it_has_the_controllers_and_else_to_v1() {
+        const V2: [&str; 4] = ["cpu.max", "memory.max", "pids.max", "cpu.weight"];
+        const V1: [&str; 5] =
+            ["cpu.cfs_period_us", "cpu.cfs_quota_us", "memory.limit_in_bytes", "pids.max", "cpu.shares"];
+        let limits = Limits { cpu_millis: Some(1500), memory_bytes: Some(64 << 20), pids: Some(33) };
+        let play = |v2_files: &[&str], with_v1: bool| {
+            let scratch = tempfile::tempdir().unwrap();
+            let dir = scratch.path().to_owned();
+            let group = |tree: &str, files: &[&str]| {
+                let path = dir.join(tree).join("substrate/w1");
+                std::fs::create_dir_all(&path).unwrap();
+                for place in [dir.join(tree), dir.join(tree).join("substrate")] {
+                    std::fs::write(place.join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
+                    std::fs::write(place.join("cgroup.subtree_control"), "").unwrap();
+                }
+                for file in files {
+                    std::fs::write(path.join(file), "").unwrap();
+                }
+            };
+            group("v2", v2_files);
+            let mut v1 = BTreeMap::new();
+            if with_v1 {
+                group("v1", &V1);
+                v1 = ["cpu", "memory", "pids"].map(|name| (name.to_owned(), dir.join("v1"))).into();
+            }
+            let hierarchy = Arc::new(Hierarchy { unified: Some(dir.join("v2")), v1 });
+            let group = Cgroup::create(&hierarchy, "substrate/w1").unwrap();
+            group.set_limits(limits).unwrap();
+            group.set_background(true).unwrap();
+            scratch
+        };
+        let said = |path: PathBuf| std::fs::read_to_string(path).unwrap();
+        let scratch = play(&V2, false);
+        let dir = scratch.path();
+        for place in ["v2", "v2/substrate"] {
+            assert_eq!(said(dir.join(place).join("cgroup.subtree_control")), "+cpu +memory +pids");
+        }
+        let values = V2.map(|file| said(dir.join("v2/substrate/w1").join(file)));
+        assert_eq!(values, ["150000 100000", "67108864", "33", "6"]);
+        // Hybrid: v2 is mounted, v1 has the controllers.
+        let scratch = play(&[], true);
+        let dir = scratch.path();
+        let values = V1.map(|file| said(dir.join("v1/substrate/w1").join(file)));
+        assert_eq!(values, ["100000", "150000", "67108864", "33", "64"]);
+    }
+
     fn scratch(name: &str) -> Option<Cgroup> {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("skipped: not root, cannot make cgroups");

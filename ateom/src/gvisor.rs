@@ -48,6 +48,7 @@ pub const CLASS: &str = "gvisor";
 
 /// Limits of single commands. Large heaps take 1–2 s per GiB to save and restore.
 const COMMAND_LIMIT: Duration = Duration::from_mins(1);
+const USAGE_LIMIT: Duration = Duration::from_secs(5);
 const IMAGE_LIMIT: Duration = Duration::from_mins(10);
 
 /// Why runsc cannot be used.
@@ -375,6 +376,29 @@ impl Sandbox for GvisorSandbox {
     async fn exited(&self, container: &str) -> Result<ExitStatus, RuntimeError> {
         let (index, container) = self.container(container)?;
         self.wait_container(&bundle::container_id(index, &container.name), &container.name).await
+    }
+
+    async fn written_bytes(&self) -> Option<u64> {
+        #[derive(serde::Deserialize)]
+        struct Usage {
+            #[serde(rename = "Tmpfs")]
+            tmpfs: u64,
+        }
+        // Of the whole sandbox. The upper layers of the containers' roots are tmpfs to the sentry, as is what the
+        // workload itself mounted.
+        let said = self.runsc.ask(&["usage", "-full", bundle::ROOT], Output::Own, USAGE_LIMIT).await;
+        let parsed = said.map(|text| serde_json::from_str::<Usage>(&text));
+        match parsed {
+            Ok(Ok(usage)) => Some(usage.tmpfs),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "runsc usage said something else");
+                None
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the sandbox does not say what it uses");
+                None
+            }
+        }
     }
 
     async fn died(&self) -> String {

@@ -181,6 +181,12 @@ pub trait Sandbox: Send + Sync + 'static {
     /// Returns when a container (empty: the main one) has ended by itself. Call after `boot` or `restore`.
     async fn exited(&self, container: &str) -> Result<ExitStatus, RuntimeError>;
 
+    /// Bytes of the sandbox's memory that hold files which the workload wrote outside its volumes; none where they are
+    /// on a disk, or cannot be told.
+    async fn written_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Returns, with a reason for people, when the sandbox itself is dead.
     async fn died(&self) -> String;
 }

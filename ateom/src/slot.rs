@@ -33,6 +33,7 @@ use crate::occupancy::Pass;
 use crate::runtime::{Sandbox, check_compatibility};
 use crate::state::{Checkpoint, LeaseSet, Phase, Start, State, Terminate};
 
+mod growth;
 mod handle;
 mod work;
 
@@ -119,6 +120,7 @@ struct Task {
     rules: Arc<tokio::sync::Mutex<()>>,
     internal: mpsc::Sender<Internal>,
     freezer: mpsc::Sender<work::Freeze>,
+    growth: Arc<std::sync::Mutex<growth::Growth>>,
     status: watch::Sender<SlotStatus>,
     events: broadcast::Sender<slot_event::Event>,
     timer: BoottimeTimer,
@@ -156,6 +158,7 @@ impl Task {
             rules: Arc::default(),
             internal,
             freezer,
+            growth: Arc::default(),
             status,
             events,
         };
@@ -692,8 +695,24 @@ impl Task {
         let (Some(activation), Some(owner)) = (&self.current, &self.state.assignment) else { return };
         let usage = self.config.occupancy.usage();
         let (cgroup, generation, events) = (activation.cgroup.clone(), owner.generation, self.events.clone());
+        // A frozen sandbox, or one that is being saved, is not asked.
+        let running = self.state.phase == Phase::Running && self.checkpoint.is_none();
+        let written = running.then(|| {
+            (Arc::clone(&self.growth), Arc::clone(&activation.sandbox), activation.spec.memory_bytes)
+        });
+        let number = activation.number;
         tokio::spawn(async move {
             let used = blocking(move || cgroup.stats()).await;
+            if let Some((growth, sandbox, limit)) = written {
+                let worth = growth.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_worth_asking(
+                    number,
+                    used.memory_bytes,
+                    limit,
+                );
+                if worth {
+                    tokio::spawn(growth::look(growth, sandbox, number, limit, events.clone()));
+                }
+            }
             let stats = Stats {
                 generation,
                 cpu_usec: used.cpu_usec,

@@ -420,7 +420,7 @@ class Sandbox:
     def create_root(self, **options):
         self.timed("create root", "create", "--bundle", self.bundles[self.id], self.id, **options)
 
-    def boot(self):
+    def boot(self, timeout=20.0):
         """Creates and starts everything; waits for the first answer."""
         before = time.monotonic()
         self.create_root()
@@ -428,7 +428,7 @@ class Sandbox:
         for cid in self.ids:
             self.timed("create work", "create", "--bundle", self.bundles[cid], cid)
             self.timed("start work", "start", cid)
-        self.net.wait()
+        self.net.wait(timeout=timeout)
         self.times["boot"] = ms(time.monotonic() - before)
         return self
 

@@ -59,7 +59,7 @@ async fn run(args: Args) -> Result<ExitCode, Failure> {
     let Args { global, command } = args;
     let done = |()| ExitCode::SUCCESS;
     match command {
-        Command::Up(options) => up::run(*options, &global).await,
+        Command::Up(options) => Box::pin(up::run(*options, &global)).await,
         Command::Doctor(options) => doctor::run(&options, &global).await,
         Command::Demo(options) => demo::run(options).await,
         Command::DemoInternet(options) => demo::internet::serve(options).await.map(done),

@@ -1,19 +1,99 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The bytes of a backup: into a directory or an archive, each with its digest.
+use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{BackupError, DATABASE, Entry, INDEX, Index, Target, at};
+use super::{BackupError, DATABASE, Entry, INDEX, Index, Objects, Target, at};
+
+/// Where a file to be copied is.
+pub(super) enum From {
+    File(PathBuf),
+    Object(Arc<dyn Objects>, String),
+}
 
 /// A file to be copied.
 pub(super) struct Planned {
-    pub(super) from: PathBuf,
+    pub(super) from: From,
     pub(super) path: String,
     pub(super) size: u64,
+}
+
+/// Content and its bytes.
+type Opened = (Box<dyn Read>, u64);
+
+impl Planned {
+    /// Its content and size; none: it was an orphan and is gone.
+    pub(super) fn open(&self) -> Result<Option<Opened>, BackupError> {
+        match &self.from {
+            From::File(path) => match File::open(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                other => {
+                    let file = other.map_err(at("read", path))?;
+                    let size = file.metadata().map_err(at("read", path))?.len();
+                    Ok(Some((Box::new(file.take(size)), size)))
+                }
+            },
+            From::Object(objects, key) => {
+                let (objects, key, size) = (Arc::clone(objects), key.clone(), self.size);
+                Ok(Some((
+                    Box::new(ObjectReader { objects, key, at: 0, size, read: io::Cursor::new(Vec::new()) }),
+                    size,
+                )))
+            }
+        }
+    }
+
+    fn name(&self) -> PathBuf {
+        match &self.from {
+            From::File(path) => path.clone(),
+            From::Object(_, key) => PathBuf::from(key),
+        }
+    }
+}
+
+/// Bytes of an object that are asked for at once.
+const OBJECT_READ: u64 = 8 << 20;
+
+/// An object from its beginning to its end.
+struct ObjectReader {
+    objects: Arc<dyn Objects>,
+    key: String,
+    at: u64,
+    size: u64,
+    read: io::Cursor<Vec<u8>>,
+}
+
+impl Read for ObjectReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.read.position() == self.read.get_ref().len() as u64 && self.at < self.size {
+            let end = self.size.min(self.at + OBJECT_READ);
+            self.read = io::Cursor::new(self.objects.read(&self.key, self.at..end)?);
+            self.at = end;
+        }
+        self.read.read(buf)
+    }
+}
+
+/// Those of the objects that there are.
+pub(super) fn list_objects(
+    objects: &Arc<dyn Objects>,
+    places: &BTreeSet<&str>,
+    name: &str,
+    plan: &mut Vec<Planned>,
+) -> Result<(), BackupError> {
+    for place in places {
+        if let Some(size) = objects.size(place).map_err(at("read", Path::new(place)))? {
+            let from = From::Object(Arc::clone(objects), (*place).to_owned());
+            plan.push(Planned { from, path: format!("{name}/{place}"), size });
+        }
+    }
+    Ok(())
 }
 
 /// All files below a directory, in order of name; hidden ones are unfinished work of others.
@@ -44,7 +124,7 @@ pub(super) fn list(dir: &Path, name: &str, plan: &mut Vec<Planned>) -> Result<()
         if meta.is_dir() {
             list(&from, &path, plan)?;
         } else if meta.is_file() {
-            plan.push(Planned { from, path, size: meta.len() });
+            plan.push(Planned { from: From::File(from), path, size: meta.len() });
         }
     }
     Ok(())
@@ -195,7 +275,7 @@ impl Sink {
             }
             Self::Archive { .. } => {
                 let size = std::fs::metadata(copy).map_err(at("read", copy))?.len();
-                let planned = Planned { from: copy.to_owned(), path: DATABASE.to_owned(), size };
+                let planned = Planned { from: From::File(copy.to_owned()), path: DATABASE.to_owned(), size };
                 let entry = self.add(&planned, told)?;
                 entry.ok_or_else(|| BackupError::CutOff("the copy of the database vanished".to_owned()))
             }
@@ -208,17 +288,14 @@ impl Sink {
         planned: &Planned,
         told: &mut dyn FnMut(u64),
     ) -> Result<Option<Entry>, BackupError> {
-        let file = match File::open(&planned.from) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(at("read", &planned.from))?,
-        };
+        let Some((file, size)) = planned.open()? else { return Ok(None) };
         match self {
             Self::Directory { root } => copy(file, &planned.path, &root.join(&planned.path), told).map(Some),
-            Self::Archive { tar, part, .. } => {
-                let size = file.metadata().map_err(at("read", &planned.from))?.len();
-                let mut reader = Digesting { inner: file.take(size), digest: Sha256::new(), size: 0, told };
+            Self::Archive { tar, .. } => {
+                let mut reader = Digesting { inner: file, digest: Sha256::new(), size: 0, told };
                 let mut header = header(size);
-                tar.append_data(&mut header, &planned.path, &mut reader).map_err(at("write", part))?;
+                tar.append_data(&mut header, &planned.path, &mut reader)
+                    .map_err(at("copy", &planned.name()))?;
                 let sha256 = hex::encode(reader.digest.finalize());
                 Ok(Some(Entry { path: planned.path.clone(), size, sha256 }))
             }

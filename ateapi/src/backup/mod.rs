@@ -4,7 +4,7 @@
 //! **Layout**, as a directory or as one tar archive, the index last:
 //! ```text
 //! control/state.db     the database, as one transaction saw it
-//! blobs/…              every object of the local blob store
+//! blobs/…              every object of the local blob store; of a bucket those that records name
 //! keys/…               key files, unless they were left out
 //! backup.json          what is here, with size and SHA-256 of each; a backup without it is not one
 //! ```
@@ -31,6 +31,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -107,10 +108,33 @@ fn at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackupError
 pub struct Source {
     /// The SQLite database.
     pub database: PathBuf,
-    /// Directory of the local blob store.
-    pub blobs: PathBuf,
+    /// Where the snapshots are.
+    pub blobs: Blobs,
     /// Directory of key files; none: they are left out, and have to be kept elsewhere.
     pub keys: Option<PathBuf>,
+}
+
+/// A blob store that is backed up.
+#[derive(Debug, Clone)]
+pub enum Blobs {
+    /// A directory: all that is in it.
+    Directory(PathBuf),
+    /// Any other: what records name.
+    Objects(Arc<dyn Objects>),
+}
+
+/// Objects of a blob store that is no directory. Its methods block.
+pub trait Objects: Send + Sync + std::fmt::Debug {
+    /// Bytes of an object, `None` when there is none.
+    ///
+    /// # Errors
+    /// When the store does not answer.
+    fn size(&self, key: &str) -> io::Result<Option<u64>>;
+    /// A range of one.
+    ///
+    /// # Errors
+    /// Likewise, or when there is not so much of it.
+    fn read(&self, key: &str, range: std::ops::Range<u64>) -> io::Result<Vec<u8>>;
 }
 
 /// Where to.
@@ -266,7 +290,13 @@ pub async fn create(source: &Source, target: &Target, progress: Progress<'_>) ->
     .await?;
 
     let mut plan = Vec::new();
-    files::list(&source.blobs, "blobs", &mut plan)?;
+    match &source.blobs {
+        Blobs::Directory(dir) => files::list(dir, "blobs", &mut plan)?,
+        Blobs::Objects(objects) => {
+            let places: BTreeSet<&str> = inventory.named.iter().map(|(place, _)| place.as_str()).collect();
+            tokio::task::block_in_place(|| files::list_objects(objects, &places, "blobs", &mut plan))?;
+        }
+    }
     if let Some(keys) = &source.keys {
         files::list(keys, "keys", &mut plan)?;
     }

@@ -48,8 +48,9 @@ pub async fn restore(
         let mut plan = Vec::new();
         files::list(keys, "keys", &mut plan)?;
         for file in &plan {
-            let open = File::open(&file.from).map_err(at("read", &file.from))?;
-            files::copy(open, &file.path, &staging.join(&file.path), &mut |_| {})?;
+            if let Some((open, _)) = file.open()? {
+                files::copy(open, &file.path, &staging.join(&file.path), &mut |_| {})?;
+            }
         }
     }
     let database = staging.join(DATABASE);

@@ -51,7 +51,11 @@ impl Machine {
 
     fn source(&self) -> Source {
         let path = |name: &str| self.root.path().join(name);
-        Source { database: path("control/state.db"), blobs: path("blobs"), keys: Some(path("keys")) }
+        Source {
+            database: path("control/state.db"),
+            blobs: Blobs::Directory(path("blobs")),
+            keys: Some(path("keys")),
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -107,6 +111,53 @@ async fn there_and_back_while_it_is_in_use_as_a_directory_and_as_an_archive() {
         .filter(|name| name.starts_with('.'))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// A bucket: a directory behind the trait, which answers only as far as it is asked.
+#[derive(Debug)]
+struct Bucket(PathBuf);
+
+impl Objects for Bucket {
+    fn size(&self, key: &str) -> io::Result<Option<u64>> {
+        match std::fs::metadata(self.0.join(key)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map(|meta| Some(meta.len())),
+        }
+    }
+
+    fn read(&self, key: &str, range: std::ops::Range<u64>) -> io::Result<Vec<u8>> {
+        let content = std::fs::read(self.0.join(key))?;
+        let part = content.get(range.start as usize..range.end as usize);
+        part.map(<[u8]>::to_vec).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_bucket_what_records_name_is_copied_and_what_it_lost_is_named() {
+    let machine = Machine::new().await;
+    let blobs = Blobs::Objects(Arc::new(Bucket(machine.path("blobs"))));
+    let source = Source { blobs, ..machine.source() };
+    std::fs::write(machine.path("blobs/actors/u1/packs/orphan"), "nobody's").unwrap();
+    for (target, from) in [
+        (Target::Directory(machine.path("b")), machine.path("b")),
+        (Target::Archive(machine.path("b.tar")), machine.path("b.tar")),
+    ] {
+        let index = create(&source, &target, &quiet).await.unwrap();
+        assert!(index.missing.is_empty(), "{:?}", index.missing);
+        let blobs: Vec<&str> = index
+            .files
+            .iter()
+            .map(|file| file.path.as_str())
+            .filter(|path| path.starts_with("blobs/"))
+            .collect();
+        assert_eq!(blobs, [MANIFEST, PACK]);
+        let to = machine.path("r").join(from.file_name().unwrap());
+        restore(&from, &to, None, &quiet).await.unwrap();
+        is_whole(&to).await;
+    }
+    std::fs::remove_file(machine.path(PACK)).unwrap();
+    let index = create(&source, &Target::Directory(machine.path("c")), &quiet).await.unwrap();
+    assert!(index.missing.len() == 1 && index.missing[0].contains("packs/p1"), "{:?}", index.missing);
 }
 
 #[tokio::test(flavor = "multi_thread")]

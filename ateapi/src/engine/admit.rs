@@ -361,8 +361,7 @@ impl Driver {
             (State::Running, _) => {
                 self.steps.clear();
                 self.refusal = None;
-                let snapshot = super::golden::snapshot_id(&self.actor)
-                    .unwrap_or_else(|| SnapshotId::draw(&*self.engine.clock));
+                let snapshot = SnapshotId::draw(&*self.engine.clock);
                 let id = snapshot.clone();
                 let event = Event::Stop { kind, snapshot, by, only_if_idle, drain_ms, promote_after_ms };
                 self.apply(event, call.request.as_ref()).await?;

@@ -347,8 +347,7 @@ impl Engine {
         let Some(node) = self.node(node).filter(|node| node.is_up()) else { return };
         self.spawn(async move {
             let worker = assignment.worker_id.clone();
-            let request = atelet::ReleaseRequest { assignment: Some(assignment) };
-            if let Err(status) = node.client.release(request).await {
+            if let Err(status) = node.client.release(node.release_request(assignment)).await {
                 // Its next report shows the slot again, and it is released then.
                 tracing::warn!(node = %node.name, worker, %status, "releasing an ended assignment failed");
             }

@@ -131,8 +131,12 @@ impl Driver {
             tx.usage.push(UsageChange { atespace: next.atespace.clone(), actors: 0, bytes });
         }
         tx.puts.push((next.object(), Expect::Revision(self.actor.revision)));
+        let reasons: Vec<String> = tx.events.iter().map(|event| event.reason.clone()).collect();
         match self.engine.store.commit(tx).await {
             Ok(committed) => {
+                crate::metrics::events(reasons.iter().map(String::as_str));
+                let took = next.state_since_ms - self.actor.state_since_ms;
+                crate::metrics::moved(self.actor.state, next.state, took);
                 next.revision = committed.puts.first().copied().unwrap_or(committed.revision);
                 self.actor = next;
                 self.failures = 0;

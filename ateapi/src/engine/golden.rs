@@ -9,9 +9,9 @@
 //! ```
 //!
 //! The *maker* is an actor of its own kind of record ([`Kind::Golden`]), so that it has all that actors have (leases,
-//! workflows, recovery) and none of what tenants see: no list, watch, quota or verb knows it. Its uid and its snapshot's
-//! id follow from template and runtime, so that a control plane that starts anew goes on with what is there. It gets a
-//! worker only when others are left free: no wake-up waits for it. One at a time is made.
+//! workflows, recovery) and none of what tenants see: no list, watch, quota or verb knows it. Its uid follows from template
+//! and runtime, so that a control plane that starts anew goes on with what is there. It gets a worker only when others are
+//! left free: no wake-up waits for it. One at a time is made.
 //!
 //! A new actor takes a golden snapshot as its first, as a fork takes its source's. Where it cannot be restored, the
 //! actor forgets it and boots from its image. Files and environment of one actor are not in it, so an actor that has
@@ -27,7 +27,7 @@ use substrate_proto::{ateapi, atelet, types};
 use super::create::class_of;
 use super::{CallError, Engine, Verb, lock};
 use crate::model::{
-    Actor, ActorUid, EventDraft, GoldenMaker, Snapshot, SnapshotId, State, Stored as _, Template, TemplateUid,
+    Actor, ActorUid, EventDraft, GoldenMaker, Snapshot, State, Stored as _, Template, TemplateUid,
 };
 use crate::store::{self, Expect, Kind, Query, StoreError, Tx};
 use crate::workflow;
@@ -53,21 +53,10 @@ struct Golden {
 #[derive(Debug, Default)]
 pub(crate) struct Goldens(BTreeMap<TemplateUid, (Template, BTreeMap<String, Golden>)>);
 
-/// 128 bits that follow from template and runtime.
-fn mark(template: &TemplateUid, runtime_digest: &str) -> String {
-    let digest = Sha256::digest(format!("golden {template} {runtime_digest}"));
-    hex::encode(&digest[..16])
-}
-
 /// The maker's uid; no caller can choose one that begins so.
 fn maker_uid(template: &TemplateUid, runtime_digest: &str) -> ActorUid {
-    ActorUid(format!("_golden-{}", mark(template, runtime_digest)))
-}
-
-/// The id of a maker's snapshot.
-pub(super) fn snapshot_id(actor: &Actor) -> Option<SnapshotId> {
-    let golden = actor.golden.as_ref()?;
-    Some(SnapshotId(format!("s-{}", mark(&actor.template_uid, &golden.runtime_digest))))
+    let digest = Sha256::digest(format!("golden {template} {runtime_digest}"));
+    ActorUid(format!("_golden-{}", hex::encode(&digest[..16])))
 }
 
 /// The kind of record that an actor's uid leads to.
@@ -129,7 +118,7 @@ impl Engine {
                 Golden { .. } => "FAILED",
             }
             .to_owned(),
-            snapshot_id: format!("s-{}", mark(template, runtime_digest)),
+            snapshot_id: golden.ready.as_ref().map_or_else(String::new, |snapshot| snapshot.id.0.clone()),
             attempts: golden.attempts,
             message: golden.message.clone(),
         })
@@ -230,8 +219,9 @@ impl Engine {
                     later(known.not_before.saturating_sub(now));
                     continue;
                 }
-                // The last free worker is for those who wait.
-                if free == 0 || (free == 1 && all > 1) {
+                // The last free worker is for those who wait; one that a maker has already is to be freed.
+                let spare = free > usize::from(all > 1);
+                if !spare && !self.holds_worker(&maker_uid(&template.uid, &runtime)).await {
                     later(LOOK_AGAIN);
                     continue;
                 }
@@ -240,6 +230,11 @@ impl Engine {
             }
         }
         wait
+    }
+
+    async fn holds_worker(&self, maker: &ActorUid) -> bool {
+        let known = store::load_kind::<Actor>(&*self.store, Kind::Golden, maker.as_str()).await;
+        known.ok().flatten().is_some_and(|maker| maker.placement.is_some())
     }
 
     async fn attempt(self: &Arc<Self>, template: &Template, runtime: &str) {
@@ -284,6 +279,7 @@ impl Engine {
 
     /// The maker after its snapshot is durable.
     async fn boot_and_capture(self: &Arc<Self>, new: &Actor) -> Result<Actor, CallError> {
+        let suspend = Verb::Suspend { by: "golden".to_owned(), only_if_idle: false, drain_ms: 0 };
         let find = async || store::load_kind::<Actor>(&*self.store, Kind::Golden, new.uid.as_str()).await;
         let maker = if let Some(maker) = find().await? {
             maker
@@ -291,25 +287,27 @@ impl Engine {
             self.store.commit(Tx { puts: vec![(new.object(), Expect::Absent)], ..Tx::default() }).await?;
             new.clone()
         };
-        if ready(&maker).is_some() {
-            return Ok(maker);
-        }
-        let start = match maker.state {
-            State::Exited | State::Crashed => Verb::Reset,
-            _ => Verb::Resume { cause: "golden".to_owned() },
+        // An earlier attempt, or an earlier start of this process, may have come some way.
+        let end = match maker.state {
+            State::Suspended | State::Suspending if maker.last_snapshot().is_some() => Verb::Promote,
+            State::Running => suspend,
+            State::Exited | State::Crashed => {
+                self.ask(&new.uid, Verb::Reset, None).await?;
+                suspend
+            }
+            _ => {
+                self.ask(&new.uid, Verb::Resume { cause: "golden".to_owned() }, None).await?;
+                suspend
+            }
         };
-        if maker.state != State::Running {
-            self.ask(&new.uid, start, None).await?;
-        }
-        let verb = Verb::Suspend { by: "golden".to_owned(), only_if_idle: false, drain_ms: 0 };
-        let answer = self.ask(&new.uid, verb, None).await?;
+        let answer = self.ask(&new.uid, end, None).await?;
         match ready(&answer.actor) {
             Some(_) => Ok(answer.actor),
             None => Err(CallError::Failed {
                 actor: new.name.clone(),
                 state: answer.actor.state,
                 reason: answer.actor.reason,
-                message: "its snapshot is not durable yet".to_owned(),
+                message: "its snapshot is not durable".to_owned(),
                 snapshot: answer.actor.last,
             }),
         }
@@ -357,6 +355,7 @@ impl Engine {
     }
 }
 
+/// What a maker made, once nothing of it runs any more.
 fn ready(maker: &Actor) -> Option<Snapshot> {
-    maker.snapshots.iter().rev().find(|it| it.is_durable()).cloned()
+    maker.last_snapshot().filter(|it| maker.state == State::Suspended && it.is_durable()).cloned()
 }

@@ -35,7 +35,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use substrate_proto::{ateom, types};
+use substrate_proto::{atelet, ateom, types};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -202,6 +202,11 @@ pub(crate) struct NodeHandle {
 }
 
 impl NodeHandle {
+    /// To end what an assignment runs there, in the session that stands.
+    pub(crate) fn release_request(&self, assignment: types::Assignment) -> atelet::ReleaseRequest {
+        atelet::ReleaseRequest { assignment: Some(assignment), session: lock(&self.session).clone() }
+    }
+
     pub(crate) fn is_up(&self) -> bool {
         self.link.read(|link| *link == Link::Up)
     }

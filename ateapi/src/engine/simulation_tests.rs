@@ -414,18 +414,26 @@ impl Sim {
         Err(format!("P5: no golden snapshot: {:?}", self.engine().golden_status(template)))
     }
 
+    /// Of actors, and of makers of golden snapshots.
+    async fn records(&self) -> Vec<Actor> {
+        let mut actors = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        actors.extend(store::list_all::<Actor>(&*self.store, Query::all(Kind::Golden)).await.unwrap());
+        actors
+    }
+
     /// P2: what records name is there.
     async fn check_references(&self) {
-        let mut actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
-        actors.extend(store::list_all::<Actor>(&*self.store, Query::all(Kind::Golden)).await.unwrap());
+        let actors = self.records().await;
         for actor in actors.iter().filter(|actor| actor.state != State::Deleting) {
             for snapshot in &actor.snapshots {
                 let id = &snapshot.id;
                 if snapshot.is_durable() {
                     let directory = format!("{}/{}-{id}", snapshot.origin, snapshot.generation);
                     if !self.blobs.is_whole(&directory) {
-                        self.world
-                            .broke(&format!("P2: {} names {id}, which is not whole in the store", actor.uid));
+                        self.world.broke(&format!(
+                            "P2: {} names {directory}, which is not whole in the store",
+                            actor.uid
+                        ));
                     }
                 } else if let Some(name) = &snapshot.node {
                     let node = self.nodes.iter().find(|node| node.name == name.as_str());
@@ -532,7 +540,7 @@ impl Sim {
         let listed = self.blobs.manifests();
         tokio::time::sleep(self.world.ms(0, 5_000)).await;
         // The references are read later than the records here, which can only show more of them.
-        let actors: Vec<Actor> = store::list_all(&*self.store, Query::all(Kind::Actor)).await.unwrap();
+        let actors = self.records().await;
         let (refs, garbage) = self.store.blobs();
         let inventory = Inventory::new(actors, refs, garbage);
         tokio::time::sleep(self.world.ms(0, 5_000)).await;

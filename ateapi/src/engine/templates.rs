@@ -46,10 +46,10 @@ impl Engine {
         }
         let mut pinned = spec.clone();
         pinned.sandbox_class = class_of(spec);
-        let node = self.node_for(spec)?;
+        let (node, class) = (self.node_for(spec)?, pinned.sandbox_class.clone());
         let mut exposed = Vec::new();
         for (index, container) in pinned.containers.iter_mut().enumerate() {
-            let image = steps::resolve_image(self, &node, atespace, &container.image)
+            let image = steps::resolve_image(self, &node, atespace, &class, &container.image)
                 .await
                 .map_err(|fault| image_error(index, &container.image, fault))?;
             if !image.pinned_reference.is_empty() {
@@ -59,7 +59,7 @@ impl Engine {
                 exposed = image.exposed_ports;
             }
             for mount in &mut container.image_mounts {
-                let image = steps::resolve_image(self, &node, atespace, &mount.image)
+                let image = steps::resolve_image(self, &node, atespace, "", &mount.image)
                     .await
                     .map_err(|fault| image_error(index, &mount.image, fault))?;
                 if !image.pinned_reference.is_empty() {

@@ -25,9 +25,16 @@ struct Offer {
     architecture: String,
     cpu_features: BTreeSet<String>,
     facts: BTreeMap<String, String>,
+    /// Of an older runtime: there for the snapshots that need it.
+    restores_only: bool,
 }
 
 impl Offer {
+    /// Whether it is for a boot, or for a snapshot with these needs.
+    fn takes(&self, needs: Option<&Compatibility>) -> bool {
+        needs.map_or(!self.restores_only, |needs| self.fits(needs))
+    }
+
     fn fits(&self, needs: &Compatibility) -> bool {
         self.class == needs.sandbox_class
             && self.runtime_digest == needs.runtime_digest
@@ -116,6 +123,7 @@ impl Pool {
             architecture: String::new(),
             cpu_features: BTreeSet::new(),
             facts: BTreeMap::new(),
+            restores_only: false,
         };
         self.by_node.entry(record.node.clone()).or_default().insert(record.id.clone());
         let record = WorkerRecord {
@@ -183,6 +191,7 @@ impl Pool {
             architecture: capabilities.architecture,
             cpu_features: capabilities.cpu_features.into_iter().collect(),
             facts: capabilities.facts,
+            restores_only: report.restores_only,
         };
         let (phase, prepared, pid) = (slot.phase(), slot.prepared, slot.pid);
         let worker = Worker { record, phase, prepared, pid, offer, reported: true };
@@ -337,6 +346,7 @@ impl Pool {
                     architecture: String::new(),
                     cpu_features: BTreeSet::new(),
                     facts: BTreeMap::new(),
+                    restores_only: false,
                 },
                 record,
                 phase: ateom::slot_status::Phase::Unspecified,
@@ -386,7 +396,7 @@ impl Pool {
             && worker.offer.pool == pool
             && worker.offer.class == class
             && need.only.is_none_or(|node| worker.record.node == *node)
-            && need.snapshot.is_none_or(|needs| worker.offer.fits(needs))
+            && worker.offer.takes(need.snapshot)
     }
 
     /// Picks a free worker.
@@ -400,12 +410,13 @@ impl Pool {
             architecture: String::new(),
             cpu_features: BTreeSet::new(),
             facts: BTreeMap::new(),
+            restores_only: false,
         };
         let fitting: Vec<_> = self
             .free
             .range(first..)
             .take_while(|(offer, _)| offer.pool == pool && offer.class == class)
-            .filter(|(offer, _)| need.snapshot.is_none_or(|needs| offer.fits(needs)))
+            .filter(|(offer, _)| offer.takes(need.snapshot))
             .map(|(_, workers)| workers)
             .collect();
         let on = |node: &NodeName| {
@@ -444,7 +455,7 @@ impl Pool {
         }
         let fit: Vec<_> = open
             .iter()
-            .filter(|it| need.snapshot.is_none_or(|needs| it.offer.fits(needs)))
+            .filter(|it| it.offer.takes(need.snapshot))
             .filter(|it| need.only.is_none_or(|node| it.record.node == *node))
             .collect();
         if fit.is_empty() {
@@ -454,7 +465,8 @@ impl Pool {
                 }
                 (None, Some(needs)) => format!(
                     "no worker of pool {pool:?} can restore its snapshot: it needs runtime {} on {} with every CPU \
-                     feature it was made with",
+                     feature it was made with; start a node that has it, or `reset` the actor (volumes kept, memory \
+                     lost)",
                     needs.runtime_digest, needs.architecture
                 ),
                 (None, None) => format!("no worker of pool {pool:?} fits"),

@@ -17,7 +17,28 @@ fn worker(id: &str, digest: &str, features: &[&str], phase: Phase) -> atelet::Wo
         }),
         slot: Some(ateom::SlotStatus { phase: phase as i32, ..Default::default() }),
         alive: true,
+        restores_only: false,
     }
+}
+
+#[test]
+fn a_worker_of_an_older_runtime_takes_what_was_made_with_it_and_nothing_else() {
+    let (one, _) = nodes();
+    let mut pool = Pool::default();
+    let older = atelet::Worker { restores_only: true, ..worker("a", "old", &[], Phase::Empty) };
+    pool.report(&one, &older);
+    let made_with = |digest: &str| Compatibility {
+        sandbox_class: "gvisor".into(),
+        runtime_digest: digest.into(),
+        ..Compatibility::default()
+    };
+    let (old, new) = (made_with("old"), made_with("new"));
+    assert!(matches!(pool.pick(&need(None, None, &[])), Err(NoWorker::None(_))), "it is not for new actors");
+    let refused = pool.pick(&need(Some(&new), None, &[])).unwrap_err().to_string();
+    assert!(refused.contains("reset"), "{refused}");
+    assert_eq!(pool.pick(&need(Some(&old), None, &[])).unwrap().0.as_str(), "a");
+    pool.report(&one, &worker("b", "new", &[], Phase::Empty));
+    assert_eq!(pool.pick(&need(None, None, &[])).unwrap().0.as_str(), "b");
 }
 
 fn need<'a>(

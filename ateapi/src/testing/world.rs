@@ -21,7 +21,7 @@ use super::stub::StubNode;
 use crate::Clock;
 
 /// Lines of the trace that a failure shows.
-const SHOWN: usize = 60;
+const SHOWN: usize = 6000;
 
 struct Trace {
     digest: DefaultHasher,

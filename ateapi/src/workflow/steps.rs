@@ -152,7 +152,8 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
             request(&engine, &actor, work.source.as_ref(), work.keep_volumes, assignment.clone())
                 .await
                 .map_err(Insist::Fault)?;
-        if work.source.is_none() {
+        // Nothing is built inside the deadline of a call that has one; where the snapshot is, its image is too.
+        if request.snapshot.as_ref().is_none_or(|snapshot| snapshot.node_digest.is_empty()) {
             for container in request.template.iter().flat_map(|template| &template.containers) {
                 let mounted = container.image_mounts.iter().map(|mount| &mount.image);
                 for image in std::iter::once(&container.image).chain(mounted) {
@@ -195,12 +196,7 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
             failure: activation_failure(&actor, work.source.as_ref(), fault),
         },
     };
-    let undone = insist(&engine, &node, StepName::UndoActivate, None, |client| {
-        let assignment = Some(assignment.clone());
-        async move { client.release(atelet::ReleaseRequest { assignment }).await }
-    })
-    .await;
-    match undone {
+    match let_go(&engine, &node, StepName::UndoActivate, &assignment).await {
         Err(Insist::Killed) => return Err(Killed),
         // A node that is lost has nothing running; one that knows a higher generation neither.
         Ok(()) | Err(Insist::NodeLost(_) | Insist::Fault(Fault::Stale(_))) => {}
@@ -212,6 +208,19 @@ pub(crate) async fn activate(engine: Arc<Engine>, actor: Actor) -> Result<Outcom
     Ok(Outcome { event, steps })
 }
 
+async fn let_go(
+    engine: &Engine,
+    node: &NodeHandle,
+    step: StepName,
+    assignment: &types::Assignment,
+) -> Result<(), Insist> {
+    insist(engine, node, step, None, |client| {
+        let request = node.release_request(assignment.clone());
+        async move { client.release(request).await }
+    })
+    .await
+}
+
 /// The node refuses to release: ask until it does or is gone, slowly.
 async fn lost_unless_released(
     engine: &Engine,
@@ -221,11 +230,7 @@ async fn lost_unless_released(
 ) -> Result<Outcome, Killed> {
     loop {
         engine.pause(Duration::from_secs(1)).await;
-        let again = insist(engine, node, StepName::UndoActivate, None, |client| {
-            let assignment = Some(assignment.clone());
-            async move { client.release(atelet::ReleaseRequest { assignment }).await }
-        });
-        match again.await {
+        match let_go(engine, node, StepName::UndoActivate, &assignment).await {
             Err(Insist::Killed) => return Err(Killed),
             Err(Insist::Fault(Fault::Stale(_)) | Insist::NodeLost(_)) | Ok(()) => {
                 return Ok(Outcome::of(event));
@@ -340,7 +345,7 @@ async fn ensure_image(
     reference: &str,
 ) -> Result<atelet::ImageInfo, Insist> {
     let seen = std::sync::atomic::AtomicU32::new(u32::MAX);
-    pull(engine, node, &actor.atespace, reference, |percent| {
+    pull(engine, node, &actor.atespace, &actor.class, reference, |percent| {
         // In steps of ten: each is a commit.
         let rounded = percent / 10 * 10;
         if seen.swap(rounded, std::sync::atomic::Ordering::Relaxed) != rounded {
@@ -354,13 +359,17 @@ async fn pull(
     engine: &Engine,
     node: &NodeHandle,
     atespace: &str,
+    class: &str,
     reference: &str,
     report: impl Fn(u32) + Send + Sync,
 ) -> Result<atelet::ImageInfo, Insist> {
     let report = &report;
     insist(engine, node, StepName::EnsureImages, Some(ACTIVATE_ATTEMPTS), |client| {
-        let request =
-            atelet::EnsureImageRequest { atespace: atespace.to_owned(), reference: reference.to_owned() };
+        let request = atelet::EnsureImageRequest {
+            atespace: atespace.to_owned(),
+            reference: reference.to_owned(),
+            sandbox_class: class.to_owned(),
+        };
         async move {
             let mut messages = client.ensure_image(request).await?;
             while let Some(message) = messages.next().await {
@@ -384,9 +393,10 @@ pub(crate) async fn resolve_image(
     engine: &Engine,
     node: &NodeHandle,
     atespace: &str,
+    class: &str,
     reference: &str,
 ) -> Result<atelet::ImageInfo, Fault> {
-    match pull(engine, node, atespace, reference, |_| {}).await {
+    match pull(engine, node, atespace, class, reference, |_| {}).await {
         Ok(image) => Ok(image),
         Err(Insist::Fault(fault)) => Err(fault),
         Err(Insist::NodeLost(message)) => Err(Fault::Unknown { reason: None, message }),
@@ -498,11 +508,7 @@ async fn release_failed(
     node: &NodeHandle,
     assignment: &types::Assignment,
 ) -> Result<(), Killed> {
-    let released = insist(engine, node, StepName::Release, None, |client| {
-        let assignment = Some(assignment.clone());
-        async move { client.release(atelet::ReleaseRequest { assignment }).await }
-    });
-    match released.await {
+    match let_go(engine, node, StepName::Release, assignment).await {
         Err(Insist::Killed) => Err(Killed),
         Err(Insist::Fault(fault)) => {
             tracing::warn!(node = %node.name, ?fault, "releasing after a failed checkpoint failed");
@@ -554,11 +560,7 @@ pub(crate) async fn release(engine: Arc<Engine>, actor: Actor, step: StepName) -
     let generation = actor.generation;
     let began = engine.clock.now();
     loop {
-        let released = insist(&engine, &node, step, None, |client| {
-            let assignment = Some(assignment.clone());
-            async move { client.release(atelet::ReleaseRequest { assignment }).await }
-        });
-        match released.await {
+        match let_go(&engine, &node, step, &assignment).await {
             Ok(()) | Err(Insist::Fault(Fault::Stale(_))) => {
                 let micros = engine.clock.now().saturating_sub(began).as_micros() as u64;
                 let steps = vec![ateapi::Step { name: "release".to_owned(), micros }];

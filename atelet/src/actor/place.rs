@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! DIR/node/actors/<uid>/actor.json         see ledger
-//!                      /volumes/<name>/    volumes; `volumes-at` says which snapshot they are equal to
+//!                      /volumes/<name>/    volumes ([`quota`]); `volumes-at` says which snapshot they are equal to
+//!                      /images             digests of the images it needs
 //! RUN/actors/<uid>/identity/               content of /run/ate
 //!                 /files/<n>               ActorSpec.files
 //! ```
@@ -18,8 +19,10 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags};
-use substrate_proto::types::{ActorSpec, Assignment, TemplateSpec};
+use substrate_proto::types::{ActorSpec, Assignment, TemplateSpec, Volume};
 
+use super::quantity;
+use super::quota::{self, QuotaVolume};
 use super::resolve::Places;
 use crate::durable;
 use crate::error::NodeError;
@@ -28,6 +31,8 @@ use crate::snapshot::{check_name, volume};
 
 /// Most that one actor's identity and files may hold, bytes.
 const MAX_LATE_BOUND: usize = 8 << 20;
+/// The note of an actor's images.
+const IMAGES: &str = "images";
 /// Size of the tmpfs for all actors.
 const TMPFS_OPTIONS: &str = "mode=0700,size=256m";
 
@@ -149,13 +154,14 @@ impl ActorPlaces {
                 .map(|(at, file)| (at.to_string(), file.mode & 0o777, file.content.as_slice()))
                 .collect();
             write_tree(&run.join("files"), 0o700, &files)?;
-            Self::prepare_volumes(&state, template, snapshot, keep_volumes)?;
-            durable::create_dir(&logs)
+            durable::create_dir(&logs)?;
+            write_labels(&logs, assignment, actor)?;
+            Self::prepare_volumes(&state, template, snapshot, keep_volumes)
         })();
-        prepared.map_err(failed)?;
+        let volumes = prepared.map_err(failed)?;
         Ok(Places {
             identity: run.join("identity"),
-            volumes: state.join("volumes"),
+            volumes,
             files: actor
                 .files
                 .iter()
@@ -171,37 +177,115 @@ impl ActorPlaces {
         template: &TemplateSpec,
         snapshot: Option<&NodeSnapshot>,
         keep: bool,
-    ) -> io::Result<()> {
+    ) -> io::Result<BTreeMap<String, PathBuf>> {
         let (volumes, note) = (state.join("volumes"), state.join("volumes-at"));
         private_dir(state)?;
+        let mut found = BTreeMap::new();
         if template.volumes.is_empty() {
-            return Ok(());
+            return Ok(found);
         }
         private_dir(&volumes)?;
         let at = std::fs::read_to_string(&note).unwrap_or_default();
         // From here on they are no snapshot's.
         durable::remove_file(&note)?;
         for spec in &template.volumes {
-            let dir = volumes.join(&spec.name);
+            let plain = volumes.join(&spec.name);
+            let limited = QuotaVolume::at(&volumes, &spec.name);
             let archive = snapshot.and_then(|snapshot| {
                 let file = (snapshot.record.files.iter())
                     .find(|file| file.kind == crate::snapshot::FileKind::Volume && file.name == spec.name)?;
                 Some((snapshot, snapshot.path(file)))
             });
-            match archive {
-                Some((snapshot, _)) if at == mark(snapshot) && dir.is_dir() => {}
-                Some((_, archive)) => volume::unpack(&archive, &dir)?,
-                None if keep && dir.is_dir() => {}
-                None => {
-                    durable::remove_tree(&dir)?;
-                    std::fs::create_dir(&dir).map_err(durable::at("create", &dir))?;
-                    // As Kubernetes' emptyDir: whoever the containers run as can write.
-                    std::fs::set_permissions(&dir, Permissions::from_mode(0o777))
-                        .map_err(durable::at("chmod", &dir))?;
+            let stays = match &archive {
+                Some((snapshot, _)) => at == mark(snapshot),
+                None => keep,
+            };
+            // A machine has a disk of that size in its directory; a directory that stays is of an earlier release.
+            let of_machine = template.sandbox_class == "microvm";
+            if of_machine || (stays && plain.is_dir() && !limited.exists()) {
+                match &archive {
+                    _ if stays && plain.is_dir() => {}
+                    Some((_, archive)) => volume::unpack(archive, &plain)?,
+                    None => {
+                        durable::remove_tree(&plain)?;
+                        std::fs::create_dir(&plain).map_err(durable::at("create", &plain))?;
+                        std::fs::set_permissions(&plain, Permissions::from_mode(0o777))
+                            .map_err(durable::at("chmod", &plain))?;
+                    }
                 }
+                found.insert(spec.name.clone(), plain);
+                continue;
+            }
+            let was_there = limited.exists();
+            if was_there && archive.is_none() && !stays {
+                limited.remove()?;
+            }
+            let data = limited.open(volume_size(spec)?)?;
+            if let Some((_, archive)) = archive.filter(|_| !(stays && was_there)) {
+                // First, or there would have to be room for both.
+                durable::remove_tree(&data)?;
+                volume::unpack(&archive, &data)?;
+            }
+            found.insert(spec.name.clone(), data);
+        }
+        Ok(found)
+    }
+
+    /// Bytes that the volumes of a template take on the disk while an actor is awake.
+    ///
+    /// # Errors
+    /// [`NodeError::Invalid`] for a size that is none.
+    pub fn volume_bytes(template: &TemplateSpec) -> Result<u64, NodeError> {
+        if template.sandbox_class == "microvm" {
+            return Ok(0);
+        }
+        let sizes = template.volumes.iter().map(|spec| volume_size(spec).map(quota::reserved));
+        let sizes: io::Result<Vec<u64>> = sizes.collect();
+        Ok(sizes.map_err(|error| NodeError::invalid("volumes.size", error.to_string()))?.into_iter().sum())
+    }
+
+    /// Notes which images an actor needs, here and to be restored: they are not collected as long as it is known here.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`].
+    pub fn note_images(&self, uid: &str, digests: &[String]) -> Result<(), NodeError> {
+        let path = self.dirs(uid)?.0.join(IMAGES);
+        let content = digests.join("\n");
+        if std::fs::read(&path).is_ok_and(|known| known == content.as_bytes()) {
+            return Ok(());
+        }
+        durable::write(&path, content.as_bytes(), 0o600).map_err(NodeError::io("noting the actor's images"))
+    }
+
+    /// Digests of the images that actors known here need.
+    ///
+    /// # Errors
+    /// The system's: then nothing may be collected.
+    pub fn noted_images(&self) -> io::Result<std::collections::HashSet<String>> {
+        let mut found = std::collections::HashSet::new();
+        for entry in std::fs::read_dir(&self.state)? {
+            match std::fs::read_to_string(entry?.path().join(IMAGES)) {
+                Ok(text) => found.extend(text.lines().map(str::to_owned)),
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(found)
+    }
+
+    /// Unmounts the volumes of an actor that does not run. Cleanup: what fails is logged, and costs space only.
+    pub fn close_volumes(&self, uid: &str) {
+        if let Ok((state, _)) = self.dirs(uid) {
+            close_volumes(&state);
+        }
+    }
+
+    /// Unmounts the volumes of all actors below `state`, none of which runs.
+    pub fn close_all_volumes(state: &Path) {
+        for entry in std::fs::read_dir(state).into_iter().flatten().flatten() {
+            close_volumes(&entry.path());
+        }
     }
 
     /// Directories of an actor's volumes that exist.
@@ -220,7 +304,9 @@ impl ActorPlaces {
             if let Ok(name) = entry.file_name().into_string()
                 && !name.starts_with('.')
             {
-                found.push((name, entry.path()));
+                let limited = QuotaVolume::at(&volumes, &name);
+                let dir = if limited.exists() { limited.data() } else { entry.path() };
+                found.push((name, dir));
             }
         }
         found.sort();
@@ -251,6 +337,7 @@ impl ActorPlaces {
     /// [`NodeError::Io`]; the call may be sent again.
     pub fn purge(&self, uid: &str, atespace: &str, actor: &str) -> Result<(), NodeError> {
         let (state, run) = self.dirs(uid)?;
+        close_volumes(&state);
         durable::remove_tree(&run)
             .and_then(|()| durable::remove_tree(&state))
             .and_then(|()| durable::remove_tree(&self.log_dir(atespace, actor)))
@@ -259,6 +346,40 @@ impl ActorPlaces {
         let _ = std::fs::remove_dir(self.logs.join(atespace));
         Ok(())
     }
+}
+
+/// Beside an actor's logs, for whoever ships them: what they belong to.
+fn write_labels(logs: &Path, assignment: &Assignment, actor: &ActorSpec) -> io::Result<()> {
+    let mut labels = actor.labels.clone();
+    for (name, value) in [
+        ("atespace", &assignment.atespace),
+        ("actor", &assignment.actor_name),
+        ("uid", &assignment.actor_uid),
+        ("generation", &assignment.generation.to_string()),
+        ("worker", &assignment.worker_id),
+        ("template", &actor.template),
+    ] {
+        labels.insert(format!("ate.dev/{name}"), value.clone());
+    }
+    let path = logs.join("labels.json");
+    let new = logs.join(".labels.new");
+    std::fs::write(&new, serde_json::to_vec(&labels)?).map_err(durable::at("write", &new))?;
+    std::fs::rename(&new, &path).map_err(durable::at("rename to", &path))
+}
+
+fn close_volumes(state: &Path) {
+    let volumes = state.join("volumes");
+    for name in quota::all(&volumes) {
+        if let Err(error) = QuotaVolume::at(&volumes, &name).close() {
+            tracing::warn!(volumes = %volumes.display(), name, %error, "a volume stays mounted");
+        }
+    }
+}
+
+fn volume_size(spec: &Volume) -> io::Result<u64> {
+    let size = quantity::bytes(&spec.size)
+        .map_err(|rule| io::Error::new(io::ErrorKind::InvalidInput, format!("volumes.size: {rule}")))?;
+    Ok(if size == 0 { quota::DEFAULT_SIZE } else { size })
 }
 
 fn mark(snapshot: &NodeSnapshot) -> String {
@@ -314,7 +435,7 @@ fn device(path: &Path) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use substrate_proto::types::{File as ActorFile, Volume};
+    use substrate_proto::types::File as ActorFile;
 
     use super::*;
 
@@ -391,6 +512,11 @@ mod tests {
         assert!(matches!(prepare(&large, &BTreeMap::new()), Err(NodeError::Invalid { .. })));
         bed.places.forget_secrets("u1");
         assert!(!source.exists());
+        let labels = std::fs::read(bed.dir.path().join("logs/blue/alice/labels.json")).unwrap();
+        let labels: BTreeMap<String, String> = serde_json::from_slice(&labels).unwrap();
+        assert_eq!((labels["ate.dev/actor"].as_str(), labels["ate.dev/uid"].as_str()), ("alice", "u1"));
+        bed.places.note_images("u1", &["sha256:a".into(), "sha256:b".into()]).unwrap();
+        assert_eq!(bed.places.noted_images().unwrap().len(), 2);
         bed.places.purge("u1", "blue", "alice").unwrap();
         for dir in ["state", "run", "logs"] {
             assert_eq!(std::fs::read_dir(bed.dir.path().join(dir)).unwrap().count(), 0, "{dir}");
@@ -401,7 +527,7 @@ mod tests {
     fn volumes_start_empty_unless_they_are_kept() {
         let bed = Bed::new();
         let template = TemplateSpec {
-            volumes: vec![Volume { name: "data".into(), size: String::new() }],
+            volumes: vec![Volume { name: "data".into(), size: "16MiB".into() }],
             ..TemplateSpec::default()
         };
         let prepare = |keep| {
@@ -410,14 +536,45 @@ mod tests {
                 .places
                 .prepare(&assignment(), &template, &ActorSpec::default(), &none, None, keep)
                 .unwrap();
-            places.volumes.join("data")
+            places.volumes["data"].clone()
         };
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: not root, cannot mount");
+            return;
+        }
         let data = prepare(false);
         assert_eq!(mode(&data), 0o777);
         std::fs::write(data.join("x"), b"1").unwrap();
         assert!(prepare(true).join("x").exists());
         assert!(!prepare(false).join("x").exists());
-        assert_eq!(bed.places.volumes("u1").unwrap().len(), 1);
+        assert_eq!(bed.places.volumes("u1").unwrap(), [("data".to_owned(), data.clone())]);
         assert!(bed.places.volumes("other").unwrap().is_empty());
+        bed.places.close_volumes("u1");
+        assert!(!data.exists(), "still mounted");
+        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), quota::reserved(16 << 20));
+        prepare(true);
+        bed.places.purge("u1", "blue", "alice").unwrap();
+        assert_eq!(std::fs::read_dir(bed.dir.path().join("state")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_of_an_earlier_release_is_kept_and_a_machine_has_its_own_disk() {
+        let bed = Bed::new();
+        let mut template = TemplateSpec {
+            volumes: vec![Volume { name: "data".into(), size: "16MiB".into() }],
+            ..TemplateSpec::default()
+        };
+        let old = bed.dir.path().join("state/u1/volumes/data");
+        std::fs::create_dir_all(&old).unwrap();
+        std::fs::write(old.join("x"), b"1").unwrap();
+        let prepare = |template: &TemplateSpec| {
+            let none = BTreeMap::new();
+            bed.places.prepare(&assignment(), template, &ActorSpec::default(), &none, None, true).unwrap()
+        };
+        assert_eq!(prepare(&template).volumes["data"], old);
+        assert!(old.join("x").exists());
+        template.sandbox_class = "microvm".into();
+        assert_eq!(prepare(&template).volumes["data"], old);
+        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), 0);
     }
 }

@@ -62,8 +62,8 @@ pub struct ImageFacts {
 pub struct Places {
     /// Content of [`IDENTITY`].
     pub identity: PathBuf,
-    /// Parent of the volumes, by name.
-    pub volumes: PathBuf,
+    /// The volumes' directories, by name.
+    pub volumes: BTreeMap<String, PathBuf>,
     /// Path inside → path on this host.
     pub files: Vec<(String, PathBuf)>,
     /// Directory of the containers' logs.
@@ -275,8 +275,12 @@ fn mounts(
         };
         let size_bytes =
             quantity::bytes(&volume.size).map_err(|rule| NodeError::invalid("volumes.size", rule))?;
+        let source = places
+            .volumes
+            .get(&mount.volume)
+            .ok_or_else(|| NodeError::invalid(format!("{field}.volume"), "was not prepared"))?;
         mounts.push(Mount {
-            source: places.volumes.join(&mount.volume).display().to_string(),
+            source: source.display().to_string(),
             destination: inside(&format!("{field}.path"), &mount.path)?,
             read_only: mount.read_only,
             kind: "bind".to_owned(),
@@ -399,7 +403,9 @@ mod tests {
         let images = template.containers.iter().map(|one| (one.name.clone(), image())).collect();
         let places = Places {
             identity: "/h/id".into(),
-            volumes: "/h/volumes".into(),
+            volumes: (template.volumes.iter())
+                .map(|volume| (volume.name.clone(), PathBuf::from("/h/volumes").join(&volume.name)))
+                .collect(),
             files: actor.files.iter().map(|file| (file.path.clone(), "/h/files/0".into())).collect(),
             logs: "/logs/blue/alice".into(),
         };

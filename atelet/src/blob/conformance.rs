@@ -98,6 +98,14 @@ async fn the_fault_wrapper_conforms_without_faults() {
 }
 
 #[tokio::test]
+async fn a_slow_store_conforms() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FaultStore::new(LocalStore::open(dir.path()).unwrap());
+    store.set(Faults { slow: std::time::Duration::from_millis(1), ..Faults::default() });
+    run(&store).await;
+}
+
+#[tokio::test]
 async fn faults_are_errors_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = FaultStore::new(LocalStore::open(dir.path()).unwrap());

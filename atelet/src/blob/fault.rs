@@ -27,6 +27,8 @@ pub struct Faults {
     pub flip_get: Option<usize>,
     /// Listings do not show what was put since.
     pub stale_list: bool,
+    /// Every operation, and every piece of a put's content, takes this much longer.
+    pub slow: Duration,
 }
 
 /// Wraps a store and injects [`Faults`].
@@ -65,7 +67,8 @@ impl<S: BlobStore> FaultStore<S> {
         }
     }
 
-    fn fails(&self, operation: &'static str, key: &Key) -> Result<(), BlobError> {
+    async fn fails(&self, operation: &'static str, key: &Key) -> Result<(), BlobError> {
+        tokio::time::sleep(self.with(|faults| faults.slow)).await;
         let fails = self.with(|faults| match faults.fail.get_mut(operation) {
             Some(left) if *left > 0 => {
                 *left -= 1;
@@ -84,7 +87,7 @@ impl<S: BlobStore> BlobStore for FaultStore<S> {
     }
 
     async fn put(&self, key: &Key, content: ByteStream) -> Result<u64, BlobError> {
-        self.fails("put", key)?;
+        self.fails("put", key).await?;
         let content = match self.with(|faults| faults.cut_put_after.take()) {
             None => content,
             Some(limit) => {
@@ -101,7 +104,12 @@ impl<S: BlobStore> BlobStore for FaultStore<S> {
                     .boxed()
             }
         };
-        let size = self.inner.put(key, content).await?;
+        let slow = self.with(|faults| faults.slow);
+        let content = content.then(move |piece| async move {
+            tokio::time::sleep(slow).await;
+            piece
+        });
+        let size = self.inner.put(key, content.boxed()).await?;
         if self.with(|faults| faults.stale_list) {
             self.hidden.lock().unwrap_or_else(PoisonError::into_inner).push(key.clone());
         }
@@ -112,7 +120,7 @@ impl<S: BlobStore> BlobStore for FaultStore<S> {
     }
 
     async fn get(&self, key: &Key, range: Range<u64>) -> Result<Bytes, BlobError> {
-        self.fails("get", key)?;
+        self.fails("get", key).await?;
         let mut content = self.inner.get(key, range).await?;
         if self.with(|faults| std::mem::take(&mut faults.short_get)) {
             content.truncate(content.len().saturating_sub(1));
@@ -128,17 +136,17 @@ impl<S: BlobStore> BlobStore for FaultStore<S> {
     }
 
     async fn head(&self, key: &Key) -> Result<Option<u64>, BlobError> {
-        self.fails("head", key)?;
+        self.fails("head", key).await?;
         self.inner.head(key).await
     }
 
     async fn delete(&self, key: &Key) -> Result<(), BlobError> {
-        self.fails("delete", key)?;
+        self.fails("delete", key).await?;
         self.inner.delete(key).await
     }
 
     async fn list(&self, directory: &Key) -> Result<Vec<Listed>, BlobError> {
-        self.fails("list", directory)?;
+        self.fails("list", directory).await?;
         let mut listed = self.inner.list(directory).await?;
         let hidden = self.hidden.lock().unwrap_or_else(PoisonError::into_inner);
         if self.with(|faults| faults.stale_list) {

@@ -26,6 +26,8 @@ pub mod fault;
 mod local;
 mod s3;
 #[cfg(test)]
+mod s3_server;
+#[cfg(test)]
 mod s3_tests;
 mod url;
 

@@ -8,7 +8,11 @@
 //!   is found by [`BlobStore::abandon`].
 //! * **Bounded.** At most [`IN_FLIGHT`] bytes of a put are in memory, beside the part that is being filled.
 //! * **Retries** are the SDK's (standard mode: exponential backoff with jitter, and a budget over all requests); what
-//!   it does not retry, a body that breaks off and a conditional write in conflict, is retried here.
+//!   it does not retry, a body that breaks off and a conditional write in conflict, is retried here. The budget is this
+//!   store's own: the SDK's default is one for all clients of a process and region, and a store that is down would use
+//!   up the retries of one that is not.
+//! * **Silence** is short: a request that carries no content must begin to be answered within [`Patience::answer`], so
+//!   that a connection that died unnoticed while it was idle costs seconds, not the time of a slow upload.
 //!
 //! Credentials come from the SDK's chain: environment, profile files, web identity, container, instance.
 use std::io;
@@ -19,7 +23,7 @@ use async_trait::async_trait;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::SharedHttpClient;
-use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::retry::{RetryConfig, RetryPartition};
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream as Body;
@@ -52,6 +56,7 @@ pub struct S3Store {
     prefix: String,
     location: String,
     backoff: Duration,
+    answer: Duration,
 }
 
 /// How patient a store is.
@@ -63,6 +68,8 @@ pub(super) struct Patience {
     pub connect: Duration,
     /// Of one attempt: a part goes over 1 Mbit/s in it.
     pub attempt: Duration,
+    /// Until the answer to a request without content begins.
+    pub answer: Duration,
     /// Before the second attempt; doubled for each further one, with jitter.
     pub backoff: Duration,
 }
@@ -73,6 +80,7 @@ impl Default for Patience {
             attempts: 6,
             connect: Duration::from_secs(5),
             attempt: Duration::from_secs(90),
+            answer: Duration::from_secs(15),
             backoff: Duration::from_millis(200),
         }
     }
@@ -183,6 +191,7 @@ impl S3Store {
                     .with_max_attempts(patience.attempts)
                     .with_initial_backoff(patience.backoff),
             )
+            .retry_partition(RetryPartition::custom("store").build())
             .timeout_config(
                 TimeoutConfig::builder()
                     .connect_timeout(patience.connect)
@@ -201,7 +210,14 @@ impl S3Store {
             prefix: if url.prefix.is_empty() { String::new() } else { format!("{}/", url.prefix) },
             location: url.to_string(),
             backoff: patience.backoff,
+            answer: patience.answer,
         }
+    }
+
+    /// For requests without content.
+    fn promptly(&self) -> aws_sdk_s3::config::Builder {
+        let timeouts = TimeoutConfig::builder().read_timeout(self.answer).build();
+        aws_sdk_s3::config::Builder::new().timeout_config(timeouts)
     }
 
     #[cfg(test)]
@@ -243,7 +259,15 @@ impl S3Store {
 
     /// Size and mark of an object.
     async fn look(&self, key: &Key) -> Result<Option<(u64, Option<String>)>, BlobError> {
-        let answer = self.client.head_object().bucket(&self.bucket).key(self.name(key)).send().await;
+        let answer = self
+            .client
+            .head_object()
+            .bucket(&self.bucket)
+            .key(self.name(key))
+            .customize()
+            .config_override(self.promptly())
+            .send()
+            .await;
         match answer {
             Ok(object) => {
                 let size = object.content_length().unwrap_or_default().max(0) as u64;
@@ -413,6 +437,8 @@ impl S3Store {
             .bucket(&self.bucket)
             .key(self.name(key))
             .range(format!("bytes={}-{}", range.start, range.end - 1))
+            .customize()
+            .config_override(self.promptly())
             .send()
             .await;
         let object = match answer {
@@ -538,7 +564,15 @@ impl BlobStore for S3Store {
     }
 
     async fn delete(&self, key: &Key) -> Result<(), BlobError> {
-        let answer = self.client.delete_object().bucket(&self.bucket).key(self.name(key)).send().await;
+        let answer = self
+            .client
+            .delete_object()
+            .bucket(&self.bucket)
+            .key(self.name(key))
+            .customize()
+            .config_override(self.promptly())
+            .send()
+            .await;
         match answer.as_ref().map_err(Failed::of) {
             Err(failed) if !(failed.is_missing() && failed.code != "NoSuchBucket") => {
                 Err(self.failed(key.as_str(), &failed))
@@ -584,7 +618,15 @@ impl BlobStore for S3Store {
             }
             error => error,
         };
-        if let Err(error) = self.client.head_bucket().bucket(&self.bucket).send().await {
+        if let Err(error) = self
+            .client
+            .head_bucket()
+            .bucket(&self.bucket)
+            .customize()
+            .config_override(self.promptly())
+            .send()
+            .await
+        {
             let failed = Failed::of(&error);
             return Err(match failed.status {
                 Some(404) => {
@@ -635,6 +677,8 @@ impl BlobStore for S3Store {
                 .prefix(&self.prefix)
                 .set_key_marker(key_marker)
                 .set_upload_id_marker(id_marker)
+                .customize()
+                .config_override(self.promptly())
                 .send()
                 .await
                 .map_err(|error| self.failed("", &Failed::of(&error)))?;

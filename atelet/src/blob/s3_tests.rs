@@ -3,8 +3,6 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,106 +16,15 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use super::s3::Patience;
+use super::s3_server::Server;
 use super::{BlobError, BlobStore, BlobUrl, Key, S3Store, S3Url, conformance, whole};
 
-/// How long the server may take to come up.
-const START: Duration = Duration::from_mins(1);
 /// How long a test may take.
 const LIMIT: Duration = Duration::from_secs(90);
 
-struct Server {
-    child: Child,
-    dir: tempfile::TempDir,
-    address: SocketAddr,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
-            eprintln!("cannot stop the S3 server: {error}");
-        }
-    }
-}
-
-fn program() -> Option<PathBuf> {
-    let path = std::env::var_os("SUBSTRATE_WEED")
-        .map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/weed").into(), PathBuf::from);
-    if path.exists() {
-        return Some(path);
-    }
-    assert!(std::env::var_os("CI").is_none(), "no {}: scripts/setup installs it", path.display());
-    eprintln!("skipped: no {}: scripts/setup installs it", path.display());
-    None
-}
-
-/// Starts a server on free ports; `None`, loudly, where there is none.
-async fn serve() -> Option<Server> {
-    let program = program()?;
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(
-        dir.path().join("s3.json"),
-        r#"{"identities": [{"name": "test", "credentials": [{"accessKey": "test", "secretKey": "secret"}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}"#,
-    )
-    .unwrap();
-    // Held until all are chosen, so that they differ.
-    let held: Vec<TcpListener> =
-        (0..8).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
-    let ports: Vec<u16> = held.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
-    drop(held);
-    let mut command = Command::new(program);
-    command.current_dir(dir.path()).arg("-logtostderr=true").arg("server");
-    for (name, port) in [
-        "master.port",
-        "master.port.grpc",
-        "volume.port",
-        "volume.port.grpc",
-        "filer.port",
-        "filer.port.grpc",
-        "s3.port",
-        "s3.port.grpc",
-    ]
-    .iter()
-    .zip(&ports)
-    {
-        command.arg(format!("-{name}={port}"));
-    }
-    command.args([
-        "-dir=.",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-filer",
-        "-s3",
-        "-s3.config=s3.json",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-master.telemetry=false",
-        "-volume.max=8",
-        "-master.volumeSizeLimitMB=64",
-    ]);
-    command.arg(format!("-filer.localSocket={}", dir.path().join("filer.sock").display()));
-    let log = std::fs::File::create(dir.path().join("log")).unwrap();
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-    let server = Server { child, dir, address: (Ipv4Addr::LOCALHOST, ports[6]).into() };
-    // It is up when it makes a bucket.
-    let store = store(server.address, "warm");
-    let begun = std::time::Instant::now();
-    while let Err(error) = make_bucket(&store, "bucket").await {
-        let log = std::fs::read_to_string(server.dir.path().join("log")).unwrap_or_default();
-        let tail: Vec<&str> = log.lines().rev().take(5).collect();
-        assert!(begun.elapsed() < START, "the S3 server does not come up: {error}; {tail:#?}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    Some(server)
-}
-
-async fn make_bucket(store: &S3Store, name: &str) -> Result<(), String> {
-    let made =
-        tokio::time::timeout(Duration::from_secs(10), store.client().create_bucket().bucket(name).send());
-    match made.await {
-        Ok(made) => made.map(drop).map_err(|error| format!("{error:?}")),
-        Err(_) => Err("no answer".to_owned()),
-    }
+/// Starts a server; `None`, loudly, where there is none.
+fn serve() -> Option<Server> {
+    Server::start(std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/weed")))
 }
 
 fn sdk(key: &str, secret: &str) -> SdkConfig {
@@ -142,7 +49,8 @@ fn patience() -> Patience {
     Patience {
         attempts: 4,
         connect: Duration::from_secs(2),
-        attempt: Duration::from_secs(10),
+        attempt: Duration::from_secs(30),
+        answer: Duration::from_secs(10),
         backoff: Duration::from_millis(20),
     }
 }
@@ -265,7 +173,7 @@ async fn limited(test: impl Future<Output = ()>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bucket_conforms_and_stands_a_bad_network() {
-    let Some(server) = serve().await else { return };
+    let Some(server) = serve() else { return };
     limited(conformance::run(&store(server.address, "plain"))).await;
     limited(conformance::run(&store(server.address, ""))).await;
     let faults = Faults::default();
@@ -277,13 +185,14 @@ async fn a_bucket_conforms_and_stands_a_bad_network() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_ends_with_the_attempts_limit() {
-    let Some(server) = serve().await else { return };
+    let Some(server) = serve() else { return };
     let faults = Faults::default();
     let between = proxy(server.address, faults.clone()).await;
     let direct = store(server.address, "faults");
     let two = key("actors/u/1-s/two");
     direct.put(&two, whole("x")).await.unwrap();
-    let hasty = Patience { attempts: 3, attempt: Duration::from_secs(3), ..patience() };
+    // An attempt may take long, for the sake of slow uploads; silence may not.
+    let hasty = Patience { attempts: 3, answer: Duration::from_secs(2), ..patience() };
     let hasty = S3Store::with(&url(between, "faults"), &sdk("test", "secret"), hasty);
     faults.push("GET", [Fault::Silence]);
     assert_eq!(hasty.get(&two, 0..1).await.unwrap(), "x");
@@ -295,6 +204,17 @@ async fn silence_ends_with_the_attempts_limit() {
     direct.delete(&two).await.unwrap();
     let answer = hasty.get(&two, 0..1).await;
     assert!(matches!(answer, Err(BlobError::NotFound { .. })), "{answer:?}");
+
+    // Nor does a long outage of one store, or of this one through another client, use up the retries of the next.
+    direct.put(&two, whole("x")).await.unwrap();
+    let down = store(between, "faults");
+    faults.push("GET", vec![Fault::Status(500, "InternalError"); 4 * 60]);
+    let answers = futures::future::join_all((0..60).map(|_| down.get(&two, 0..1))).await;
+    assert!(answers.iter().all(Result::is_err));
+    faults.queue().clear();
+    let other = store(between, "faults");
+    faults.push("GET", [Fault::Status(500, "InternalError"), Fault::LostAnswer, Fault::Truncated]);
+    assert_eq!(other.get(&two, 0..1).await.unwrap(), "x");
 }
 
 async fn every_fault_is_stood_or_said(server: SocketAddr, between: SocketAddr, faults: &Faults) {

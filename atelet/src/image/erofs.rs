@@ -9,6 +9,7 @@
 //! restored guest has parts of the file in its page cache; the digest travels with each snapshot and is compared.
 //!
 //! Making one goes on when its caller gives up, so no deadline of a call has to be as long as it takes.
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -51,6 +52,29 @@ impl ErofsImages {
         });
         cleared.map_err(|error| ImageError::io("open the images of microVMs", &dir, error))?;
         Ok(Self { dir, locks: Locks::default() })
+    }
+
+    /// Removes the files of images that are not in `present` any more; answers their bytes. What is being made is of an
+    /// image that is held, and so is present.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn collect(&self, present: &HashSet<Digest>) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt as _;
+        let mut freed = 0;
+        for entry in std::fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            let Some(hex) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".img")) else {
+                continue;
+            };
+            if hex.starts_with('.') || present.iter().any(|digest| digest.hex() == hex) {
+                continue;
+            }
+            freed += std::fs::metadata(&path)?.blocks() * 512;
+            durable::remove_file(&path)?;
+            durable::remove_file(&path.with_extension("img.sha256"))?;
+        }
+        Ok(freed)
     }
 
     /// The file of an image, made if it is not there.
@@ -152,6 +176,18 @@ mod tests {
         );
         let digest = std::fs::read_to_string(dir.path().join("one.img.sha256")).unwrap();
         assert_eq!(digest, hex::encode(Sha256::digest(&bytes)));
+        let store = ErofsImages { dir: dir.path().to_owned(), locks: Locks::default() };
+        let (kept, gone) = (Digest::of(b"kept"), Digest::of(b"gone"));
+        for digest in [&kept, &gone] {
+            std::fs::copy(&one, dir.path().join(format!("{}.img", digest.hex()))).unwrap();
+            std::fs::write(dir.path().join(format!("{}.img.sha256", digest.hex())), "x").unwrap();
+        }
+        std::fs::remove_file(&one).unwrap();
+        std::fs::remove_file(&two).unwrap();
+        assert!(store.collect(&[kept.clone()].into()).unwrap() > 0);
+        assert!(dir.path().join(format!("{}.img", kept.hex())).exists());
+        assert!(!dir.path().join(format!("{}.img", gone.hex())).exists());
+        assert!(!dir.path().join(format!("{}.img.sha256", gone.hex())).exists());
         let error = make(&dir.path().join("none"), &dir.path().join("x.img")).unwrap_err().to_string();
         assert!(error.contains("mkfs.erofs"), "{error}");
         assert!(!dir.path().join("x.img").exists());

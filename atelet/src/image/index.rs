@@ -360,6 +360,11 @@ impl Index {
         Ok(Some(target))
     }
 
+    /// The images there are.
+    pub fn digests(&self) -> HashSet<Digest> {
+        locked(&self.state).images.keys().cloned().collect()
+    }
+
     /// Counts what is there.
     pub fn usage(&self) -> Usage {
         let state = locked(&self.state);

@@ -168,6 +168,29 @@ pub(super) fn extract(
     Ok(extracted)
 }
 
+/// Unpacks an archive of the administrators' (plain, gzip or zstd), whose bytes are known to be right, into the new
+/// directory `target`, by the rules for layers.
+pub(crate) fn unpack_archive(archive: &Path, target: &Path) -> Result<(), String> {
+    let text = |error: io::Error| format!("{}: {error}", archive.display());
+    let open = || std::fs::File::open(archive).map_err(text);
+    let mut blob = Sha256::new();
+    let size = io::copy(&mut open()?, &mut blob).map_err(text)?;
+    let mut plain = Sha256::new();
+    let mut decoded = decoder(BufReader::with_capacity(1 << 17, open()?)).map_err(text)?;
+    io::copy(&mut decoded, &mut plain).map_err(text)?;
+    let expected = Expected {
+        blob: Digest::from_hash(blob.finalize().into()),
+        size,
+        diff_id: Digest::from_hash(plain.finalize().into()),
+        source: archive.display().to_string(),
+    };
+    std::fs::create_dir(target).map_err(text)?;
+    let cancel = CancellationToken::new();
+    extract(open()?, &expected, &Limits::default(), target, &|_| {}, &cancel)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
 struct Reporting<'a, R> {
     inner: R,
     count: u64,

@@ -16,6 +16,8 @@ pub enum Phase {
     Pulling,
     /// All layers are here; some are still being unpacked.
     Extracting,
+    /// The disk of a machine is being made of them.
+    Building,
     /// Done.
     Ready,
 }
@@ -27,6 +29,7 @@ impl Phase {
             Self::Resolving => "resolving",
             Self::Pulling => "pulling",
             Self::Extracting => "extracting",
+            Self::Building => "building",
             Self::Ready => "ready",
         }
     }

@@ -117,7 +117,7 @@ impl fmt::Display for Repository {
 }
 
 /// Whether `host[:port]` names this machine by `localhost`, `127.0.0.1` or `[::1]`.
-pub(super) fn is_loopback(authority: &str) -> bool {
+pub(crate) fn is_loopback(authority: &str) -> bool {
     let host = if authority.starts_with('[') {
         authority.split_inclusive(']').next().unwrap_or(authority)
     } else {

@@ -17,7 +17,7 @@
 //!   The hash runs over what arrives, and nothing that does not match is returned.
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,16 +25,12 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap};
 use hyper::{Method, Request, Response, StatusCode, Uri};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 use sha2::Digest as _;
 use tokio::io::AsyncWriteExt as _;
 
 use super::auth::{Challenge, Credentials, Login, TokenAnswer, challenge};
 use super::error::ImageError;
+use super::http::{HttpClient, chain, join};
 use super::reference::{Digest, Repository, is_loopback, shorten};
 use super::spec::{ACCEPT, MAX_MANIFEST};
 
@@ -82,9 +78,7 @@ pub(super) struct Registry {
     credentials: Credentials,
     /// Where downloads go, for messages.
     dir: PathBuf,
-    plain: Client<HttpConnector, Body>,
-    /// Made when first needed, so that a machine without CA certificates can use a registry on localhost.
-    tls: OnceLock<Client<hyper_rustls::HttpsConnector<HttpConnector>, Body>>,
+    client: HttpClient,
     tokens: Mutex<HashMap<Caller, Authorization>>,
 }
 
@@ -147,8 +141,8 @@ enum Failure {
 
 impl Registry {
     pub fn new(config: RegistryConfig, credentials: Credentials, dir: PathBuf) -> Self {
-        let plain = Client::builder(TokioExecutor::new()).build(connector(&config));
-        Self { config, credentials, dir, plain, tls: OnceLock::new(), tokens: Mutex::default() }
+        let client = HttpClient::new(config.connect_timeout, config.ca_file.clone());
+        Self { config, credentials, dir, client, tokens: Mutex::default() }
     }
 
     /// A manifest or index by tag or digest: its bytes and digest. A digest asked for is verified.
@@ -409,22 +403,9 @@ impl Registry {
         let unreachable = |reason: String| {
             Failure::Transient(ImageError::Unreachable { host: host.to_owned(), reason }, None)
         };
-        let response = if request.uri().scheme_str() == Some("https") {
-            let client = if let Some(client) = self.tls.get() {
-                client
-            } else {
-                let client = tls_client(&self.config).map_err(|reason| {
-                    Failure::Final(ImageError::Unreachable { host: host.to_owned(), reason })
-                })?;
-                self.tls.get_or_init(|| client)
-            };
-            client.request(request)
-        } else {
-            self.plain.request(request)
-        };
-        match tokio::time::timeout(self.config.idle_timeout, response).await {
+        match tokio::time::timeout(self.config.idle_timeout, self.client.request(request)).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(unreachable(chain(&error))),
+            Ok(Err(reason)) => Err(unreachable(reason)),
             Err(_) => Err(unreachable(format!("no answer within {} s", self.config.idle_timeout.as_secs()))),
         }
     }
@@ -623,44 +604,6 @@ impl Registry {
     }
 }
 
-fn connector(config: &RegistryConfig) -> HttpConnector {
-    let mut connector = HttpConnector::new();
-    connector.enforce_http(false);
-    connector.set_connect_timeout(Some(config.connect_timeout));
-    connector.set_nodelay(true);
-    connector
-}
-
-fn tls_client(
-    config: &RegistryConfig,
-) -> Result<Client<hyper_rustls::HttpsConnector<HttpConnector>, Body>, String> {
-    let mut roots = rustls::RootCertStore::empty();
-    let system = rustls_native_certs::load_native_certs();
-    roots.add_parsable_certificates(system.certs);
-    if let Some(path) = &config.ca_file {
-        let bad = |error: &dyn std::fmt::Display| format!("CA file {}: {error}", path.display());
-        for certificate in CertificateDer::pem_file_iter(path).map_err(|error| bad(&error))? {
-            let certificate = certificate.map_err(|error| bad(&error))?;
-            roots.add(certificate).map_err(|error| bad(&error))?;
-        }
-    }
-    if roots.is_empty() {
-        return Err("no CA certificates are installed: install ca-certificates".into());
-    }
-    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
-    let tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = hyper_rustls::HttpsConnectorBuilder::new()
-        .with_tls_config(tls)
-        .https_only()
-        .enable_http1()
-        .wrap_connector(connector(config));
-    Ok(Client::builder(TokioExecutor::new()).build(connector))
-}
-
 fn internal(what: &str, error: &dyn std::fmt::Display) -> ImageError {
     ImageError::Internal { what: format!("asking for {what}"), reason: error.to_string() }
 }
@@ -673,16 +616,6 @@ fn may_visit(uri: &Uri, repository: &Repository) -> bool {
         Some("http") => repository.is_loopback() && is_loopback(authority.as_str()),
         _ => false,
     }
-}
-
-/// Resolves a `Location`: absolute, or a path on the same origin.
-fn join(base: &Uri, location: &str) -> Option<Uri> {
-    if location.starts_with('/') && !location.starts_with("//") {
-        let mut parts = base.clone().into_parts();
-        parts.path_and_query = Some(location.parse().ok()?);
-        return Uri::from_parts(parts).ok();
-    }
-    location.parse().ok()
 }
 
 /// Signed URLs carry secrets in their query.
@@ -727,19 +660,4 @@ fn said(bytes: &[u8]) -> String {
     let text: String =
         format!("{}: {}", first.code, first.message).chars().filter(|c| !c.is_control()).collect();
     format!(" ({})", shorten(&text))
-}
-
-/// An error with its causes: hyper's own text says only which layer failed.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

@@ -243,6 +243,11 @@ impl ImageStore {
         .await
     }
 
+    /// The images there are.
+    pub fn digests(&self) -> HashSet<Digest> {
+        self.inner.index.digests()
+    }
+
     /// Space and counts.
     pub fn usage(&self) -> Usage {
         Usage {

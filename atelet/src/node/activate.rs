@@ -26,13 +26,15 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::{Node, answers};
+use crate::actor::place::ActorPlaces;
 use crate::actor::resolve::{self, ImageFacts};
+use crate::asset::Start;
 use crate::config::WorkerClass;
 use crate::error::{NodeError, actor_name};
 use crate::image::{Image, ImageError, Reference};
 use crate::snapshot::node::{NodeSnapshot, Pin};
 use crate::snapshot::restore::Wanted;
-use crate::snapshot::{SnapshotError, Source};
+use crate::snapshot::{SnapshotError, Source, unix_ms};
 use crate::worker::{Client, News, View, Worker};
 
 /// How long a start waits for a worker that is just being started.
@@ -90,6 +92,12 @@ struct Ready {
 }
 
 impl Node {
+    /// Refuses what was sent in an earlier session and arrives late.
+    pub(super) fn of_this_session(&self, session: &str) -> Result<(), NodeError> {
+        let stands = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stands == session { Ok(()) } else { Err(NodeError::OtherSession) }
+    }
+
     /// Activate; see the module.
     pub(super) async fn activate(
         self: &Arc<Self>,
@@ -100,9 +108,7 @@ impl Node {
         let actor = request.actor.clone().unwrap_or_default();
         resolve::validate(&assignment, &template, &actor)?;
         self.worker(&assignment.worker_id)?;
-        if *self.session.lock().unwrap_or_else(PoisonError::into_inner) != request.session {
-            return Err(NodeError::OtherSession.into());
-        }
+        self.of_this_session(&request.session)?;
         let since = self.lease.lock().unwrap_or_else(PoisonError::into_inner).last_sequence();
         let names = template.containers.iter().map(|container| container.name.clone()).collect();
         self.ledger.begin(&assignment, names, since)?;
@@ -110,7 +116,15 @@ impl Node {
         let key = (assignment.actor_uid.clone(), assignment.generation);
         self.activations
             .run(key, move |cancel| async move {
+                let begun = std::time::Instant::now();
                 let outcome = node.start(&assignment, &template, &actor, &request, &cancel).await;
+                let from = match outcome.as_ref().map(|response| response.restored_from.as_str()) {
+                    Ok("node") => "node",
+                    Ok("durable") => "durable",
+                    Err(_) if request.snapshot.is_some() => "snapshot",
+                    _ => "image",
+                };
+                crate::metrics::activation(from, outcome.is_ok(), begun);
                 Ok(outcome?)
             })
             .await
@@ -190,15 +204,22 @@ impl Node {
         touched: &AtomicBool,
     ) -> Result<ActivateResponse, NodeError> {
         let mut steps = Steps::begin();
-        self.disk.admit("starting an actor", START_BYTES)?;
+        let volumes = ActorPlaces::volume_bytes(template)?;
+        self.disk.admit("starting an actor with its volumes", START_BYTES + volumes)?;
+        // Before anything is fetched; its age is known only then.
+        if let Some(needs) = request.snapshot.as_ref().and_then(|source| source.compatibility.as_ref()) {
+            self.may_start(worker, assignment, &needs.runtime_digest, request, unix_ms())?;
+        }
         let (images, ready) = futures::try_join!(
             self.local_images(worker.class, assignment, template),
             self.local_snapshot(assignment, request.snapshot.as_ref())
         )?;
         steps.done("fetch");
+        let capabilities = view.up.as_ref().map(|up| &up.capabilities);
         if let Some(ready) = &ready {
             let record = &ready.snapshot.record;
-            let capabilities = view.up.as_ref().map(|up| &up.capabilities);
+            let made_ms = record.time_ms;
+            self.may_start(worker, assignment, &record.compatibility.runtime_digest, request, made_ms)?;
             let mismatch = capabilities
                 .and_then(|capabilities| incompatible(&record.compatibility, capabilities))
                 .or_else(|| other_images(&record.compatibility, &images));
@@ -211,8 +232,15 @@ impl Node {
                 .into());
             }
         }
+        if let Some(capabilities) = capabilities {
+            self.may_start(worker, assignment, &capabilities.runtime_digest, request, unix_ms())?;
+        }
         let spec = self.prepare(assignment, template, actor, request, &images, ready.as_ref()).await?;
-        self.hold_images(assignment, images.into_iter().flat_map(|(_, images, _)| images).collect());
+        let images: Vec<Image> = images.into_iter().flat_map(|(_, images, _)| images).collect();
+        let (node, uid) = (Arc::clone(self), assignment.actor_uid.clone());
+        let digests: Vec<String> = images.iter().map(|image| image.digest.to_string()).collect();
+        crate::blocking(move || node.places.note_images(&uid, &digests)).await?;
+        self.hold_images(assignment, images);
         steps.done("prepare");
         let kind = if ready.is_some() { &self.restores } else { &self.boots };
         let _permit = Arc::clone(kind).acquire_owned().await.map_err(|_| NodeError::WorkerDown {
@@ -269,6 +297,27 @@ impl Node {
                 .unwrap_or_default(),
             restored_from: ready.map_or("", |ready| ready.source.as_str()).to_owned(),
         })
+    }
+
+    /// Whether the sandbox config lets something start on a runtime, from a snapshot that was made then.
+    fn may_start(
+        &self,
+        worker: &Worker,
+        assignment: &Assignment,
+        runtime: &str,
+        request: &ActivateRequest,
+        made_ms: i64,
+    ) -> Result<(), NodeError> {
+        let Some(policy) = &self.sandbox else { return Ok(()) };
+        let snapshot = request.snapshot.as_ref().filter(|source| !source.snapshot_id.is_empty());
+        let start = Start {
+            class: worker.class,
+            runtime,
+            atespace: &assignment.atespace,
+            actor: &assignment.actor_name,
+            snapshot: snapshot.map(|source| (source.snapshot_id.as_str(), made_ms)),
+        };
+        policy.judge(start, unix_ms())
     }
 
     /// What a failed call to an ateom means: a worker that died under it is waited for until it is fenced.
@@ -403,7 +452,12 @@ impl Node {
             let _slot =
                 node.fetch_slots.acquire().await.map_err(|_| Status::unavailable("the node stops"))?;
             node.disk.admit("fetching a snapshot", START_BYTES).map_err(NodeError::from)?;
-            node.durable.fetch(&node.snapshots, &fetched).await.map_err(NodeError::from)?;
+            let begun = std::time::Instant::now();
+            let outcome = node.durable.fetch(&node.snapshots, &fetched).await;
+            let bytes =
+                outcome.as_ref().map(|snapshot| snapshot.record.files.iter().map(|file| file.size).sum());
+            crate::metrics::fetch(bytes.ok(), begun);
+            outcome.map_err(NodeError::from)?;
             Ok(())
         });
         if let Err(status) = fetch.await {
@@ -573,7 +627,11 @@ impl Node {
                 let latest = node.ledger.get(&assignment.actor_uid);
                 if latest.is_none_or(|entry| entry.generation <= assignment.generation) {
                     let node = Arc::clone(&node);
-                    crate::blocking(move || node.places.forget_secrets(&assignment.actor_uid)).await;
+                    crate::blocking(move || {
+                        node.places.forget_secrets(&assignment.actor_uid);
+                        node.places.close_volumes(&assignment.actor_uid);
+                    })
+                    .await;
                 }
                 Ok(())
             })

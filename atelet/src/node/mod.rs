@@ -20,6 +20,7 @@ use tonic::Status;
 use crate::Config;
 use crate::actor::ledger::Ledger;
 use crate::actor::place::ActorPlaces;
+use crate::asset::Policy;
 use crate::disk::Disk;
 use crate::error::NodeError;
 use crate::flight::Flights;
@@ -50,6 +51,8 @@ pub(crate) struct Node {
     boot_id: String,
     images: ImageStore,
     erofs: ErofsImages,
+    /// What may be started, if there is a sandbox config.
+    sandbox: Option<Policy>,
     snapshots: NodeSnapshots,
     durable: Durable,
     places: ActorPlaces,
@@ -125,6 +128,7 @@ impl Node {
             capabilities: view.up.as_ref().map(|up| up.capabilities.clone()),
             slot: view.slot,
             alive: view.up.is_some(),
+            restores_only: worker.restores_only,
         }
     }
 }

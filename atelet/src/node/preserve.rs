@@ -68,7 +68,11 @@ impl Node {
         }
         self.checkpoints
             .run(key.clone(), move |_| async move {
-                let outcome = node.make_checkpoint(&assignment, &request).await.map_err(Status::from);
+                let begun = std::time::Instant::now();
+                let outcome = node.make_checkpoint(&assignment, &request).await;
+                let mode = if request.mode() == Mode::Stop { "stop" } else { "keep" };
+                crate::metrics::checkpoint(mode, outcome.is_ok(), begun);
+                let outcome = outcome.map_err(Status::from);
                 if let Err(status) = &outcome
                     && status.code() == Code::FailedPrecondition
                 {
@@ -310,7 +314,15 @@ impl Node {
     pub(super) async fn upload(self: &Arc<Self>, request: UploadRequest) -> Result<UploadResponse, Status> {
         let key = (request.actor_uid.clone(), request.snapshot_id.clone());
         let node = Arc::clone(self);
-        self.uploads.run(key, move |_| async move { Ok(node.make_upload(request).await?) }).await
+        self.uploads
+            .run(key, move |_| async move {
+                let begun = std::time::Instant::now();
+                let outcome = node.make_upload(request).await;
+                let ended = outcome.as_ref().ok().map(|response| (response.bytes, response.stored_bytes));
+                crate::metrics::upload(ended, begun);
+                Ok(outcome?)
+            })
+            .await
     }
 
     async fn make_upload(self: &Arc<Self>, request: UploadRequest) -> Result<UploadResponse, NodeError> {
@@ -424,6 +436,7 @@ impl Node {
         let removed = crate::blocking(move || {
             node.snapshots.purge(&uid)?;
             node.places.purge(&uid, &request.atespace, &request.actor_name)?;
+            node.logs.forget(&node.places.log_dir(&request.atespace, &request.actor_name));
             node.ledger.forget(&uid);
             Ok::<_, NodeError>(())
         })

@@ -28,8 +28,9 @@ use super::service::Service;
 use super::session::Hub;
 use crate::actor::ledger::Ledger;
 use crate::actor::place::ActorPlaces;
+use crate::asset::{AssetStore, Policy, RuntimeConfig, SandboxConfig};
 use crate::blob::{self, BlobError, BlobStore};
-use crate::config::{admits, cores};
+use crate::config::{WorkerConfig, admits, cores};
 use crate::disk::Disk;
 use crate::flight::Flights;
 use crate::image::{ErofsImages, ImageStore};
@@ -41,8 +42,10 @@ use crate::worker::process::{Process, boot_id};
 use crate::worker::{News, Settings, Worker, dial};
 use crate::{Config, Error, durable};
 
-/// How often logs and the snapshot cache are looked at.
-const UPKEEP: Duration = Duration::from_secs(10);
+/// How often logs are looked at: often, because a workload that writes without end fills the disk meanwhile.
+const UPKEEP: Duration = Duration::from_secs(1);
+/// How many times rarer caches are.
+const CACHES: u32 = 10;
 /// How long calls under way may take to end at a shutdown.
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long a worker may take to end.
@@ -79,13 +82,18 @@ pub async fn serve(
     let images = ImageStore::open(config.image_limits.store(config.dir.join("images"))).await?;
     let erofs = ErofsImages::open(config.dir.join("erofs"))?;
     let hierarchy = Hierarchy::detect()?;
-    let settings = Arc::new(settings(&config));
+    let settings = Arc::new(settings(&config)?);
+    let sandbox = match &config.sandbox_config {
+        None => None,
+        Some(path) => Some(Policy::new(path, SandboxConfig::read(path)?)),
+    };
+    let runtimes = runtimes(&config, sandbox.as_ref())?;
     let stop = CancellationToken::new();
     let hub = Arc::new(Hub::default());
     let mut tasks = Vec::new();
     let node = Arc::new_cyclic(|node: &Weak<Node>| {
         let mut workers = BTreeMap::new();
-        for worker in &config.workers {
+        for (worker, runtime) in config.workers.iter().zip(runtimes) {
             let node = node.clone();
             let listener = Arc::new(move |id: &str, news: News| {
                 if let Some(node) = node.upgrade() {
@@ -93,7 +101,7 @@ pub async fn serve(
                 }
             });
             let (handle, task) =
-                Worker::supervise(Arc::clone(&settings), &hierarchy, worker, listener, stop.clone());
+                Worker::supervise(Arc::clone(&settings), &hierarchy, worker, runtime, listener, stop.clone());
             tasks.push(task);
             workers.insert(worker.id.clone(), handle);
         }
@@ -103,6 +111,7 @@ pub async fn serve(
             boot_id,
             images,
             erofs,
+            sandbox,
             snapshots,
             durable,
             places,
@@ -131,6 +140,15 @@ pub async fn serve(
         }
     });
     end_strangers(&settings, &node.config).await;
+    if let Some(policy) = &node.sandbox {
+        let (settings, wanted, stop) = (Arc::clone(&settings), policy.now(), stop.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = settings.assets.prefetch(&wanted) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
     let upkeep = tokio::spawn(upkeep(Arc::clone(&node), stop.clone()));
     let socket = node.config.socket.clone();
     let local = seam::listen(&socket, seam::Peers::default())?;
@@ -239,8 +257,26 @@ fn lock(path: &Path) -> Result<Flock<std::fs::File>, Error> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| Error::Locked(path.to_owned()))
 }
 
-fn settings(config: &Config) -> Settings {
-    Settings {
+/// The runtime of each worker that has one of its own.
+fn runtimes(config: &Config, policy: Option<&Policy>) -> Result<Vec<Option<RuntimeConfig>>, Error> {
+    let known = policy.map(Policy::now);
+    let of = |worker: &WorkerConfig| {
+        let Some(name) = &worker.runtime else { return Ok(None) };
+        let class = known.as_ref().map(|known| known.class(worker.class));
+        let found = class.and_then(|class| class.runtimes.iter().find(|runtime| runtime.name == *name));
+        found.cloned().map(Some).ok_or_else(|| {
+            Error::Config(format!(
+                "workers: {} is to run the runtime {name:?}, which the sandbox config does not name",
+                worker.id
+            ))
+        })
+    };
+    config.workers.iter().map(of).collect()
+}
+
+fn settings(config: &Config) -> Result<Settings, Error> {
+    Ok(Settings {
+        assets: Arc::new(AssetStore::open(&config.dir.join("runtimes"))?),
         state: config.dir.join("workers"),
         run: config.run_dir.join("workers"),
         logs: config.logs.join("workers"),
@@ -251,16 +287,34 @@ fn settings(config: &Config) -> Settings {
         egress_socket: config.egress_socket.clone(),
         cgroup: config.cgroup.clone(),
         start_limit: Duration::from_millis(config.worker_start_ms),
-    }
+    })
 }
 
 impl Node {
+    fn report_standing(&self) {
+        let up = self.workers.values().filter(|worker| worker.view().up.is_some()).count();
+        let left_ns = self
+            .granted
+            .borrow()
+            .map_or(0, |granted| granted.deadline_for(u64::MAX).saturating_sub(ateom::boottime_ns()).max(0));
+        crate::metrics::standing(
+            self.disk.usage().ok(),
+            self.config.min_free_bytes,
+            &self.images.usage(),
+            (up, self.workers.len()),
+            left_ns as f64 / 1e9,
+        );
+    }
+
     /// News of a worker: what was lost is noted before it is told.
     pub(super) fn take_news(&self, id: &str, news: News) {
         let Some(worker) = self.workers.get(id) else { return };
         let (message, view) = (Self::worker_message(worker), worker.view());
         // How a start ends is told by the call that asked for it.
         let quiet = view.assignment().is_some_and(|held| self.is_starting(held));
+        if matches!(news, News::Lost { .. }) {
+            crate::metrics::worker_lost();
+        }
         let lost = match &news {
             News::Lost { assignment, .. } => assignment.clone().into_iter().collect(),
             // It died while nobody watched: what was started there is in the ledger.
@@ -290,6 +344,7 @@ impl Node {
 }
 
 async fn upkeep(node: Arc<Node>, stop: CancellationToken) {
+    let mut ticks = 0_u32;
     let mut interval = tokio::time::interval(UPKEEP);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -297,19 +352,71 @@ async fn upkeep(node: Arc<Node>, stop: CancellationToken) {
             _ = interval.tick() => {}
             () = stop.cancelled() => return,
         }
-        let node = Arc::clone(&node);
+        ticks += 1;
+        let (node, turn) = (Arc::clone(&node), ticks.is_multiple_of(CACHES));
+        let standing = Arc::clone(&node);
         crate::blocking(move || {
             node.logs.rotate();
+            if !turn {
+                return;
+            }
             // A disk that fills up takes the cache first.
             let tight = node.disk.admit("the cache", node.config.min_free_bytes).is_err();
             let limit = if tight { 0 } else { node.config.snapshot_cache_bytes };
             match node.snapshots.evict(limit) {
                 Ok(0) => {}
-                Ok(freed) => tracing::info!(freed, "evicted cached snapshots"),
+                Ok(freed) => {
+                    crate::metrics::collected("snapshot", freed);
+                    tracing::info!(freed, "evicted cached snapshots");
+                }
                 Err(error) => tracing::warn!(%error, "cannot evict cached snapshots"),
             }
         })
         .await;
+        if turn {
+            collect_images(&standing).await;
+            standing.report_standing();
+        }
+    }
+}
+
+/// Removes images beyond the limit, all that nobody needs when the disk is tight. What an actor that is known here needs
+/// stays, asleep or awake.
+async fn collect_images(node: &Arc<Node>) {
+    let tight = node.disk.admit("the cache", node.config.min_free_bytes).is_err();
+    let limit = if tight { 0 } else { node.config.image_cache_bytes };
+    if node.images.usage().bytes <= limit {
+        return;
+    }
+    let (noting, digests) = (Arc::clone(node), |noted: std::collections::HashSet<String>| {
+        noted.iter().filter_map(|digest| digest.parse().ok()).collect()
+    });
+    let needed = match crate::blocking(move || noting.places.noted_images()).await {
+        Ok(noted) => digests(noted),
+        Err(error) => {
+            tracing::warn!(%error, "cannot tell which images are needed; none is removed");
+            return;
+        }
+    };
+    match node.images.collect(needed, limit, false).await {
+        Ok(collected) if collected.images.is_empty() && collected.layers.is_empty() => {}
+        Ok(collected) => {
+            let (images, bytes) = (collected.images.len(), collected.bytes);
+            tracing::info!(
+                images,
+                layers = collected.layers.len(),
+                bytes,
+                "removed images that nobody needs"
+            );
+            crate::metrics::collected("image", bytes);
+        }
+        Err(error) => tracing::warn!(%error, "cannot remove unused images"),
+    }
+    let node = Arc::clone(node);
+    let removed = crate::blocking(move || node.erofs.collect(&node.images.digests())).await;
+    match removed {
+        Ok(bytes) => crate::metrics::collected("image", bytes),
+        Err(error) => tracing::warn!(%error, "cannot remove disks of images that are gone"),
     }
 }
 
@@ -345,7 +452,7 @@ fn noted(state: &Path) -> Vec<String> {
 /// # Errors
 /// [`Error::Worker`] for one that still holds an actor or did not end in time; the others were ended.
 pub async fn stop_workers(config: &Config) -> Result<(), Error> {
-    let settings = settings(config);
+    let settings = settings(config)?;
     let stops = noted(&settings.state).into_iter().map(|id| {
         let settings = &settings;
         async move {
@@ -358,7 +465,9 @@ pub async fn stop_workers(config: &Config) -> Result<(), Error> {
     }
     let run: PathBuf = config.run_dir.join("actors");
     let images = config.dir.join("images");
+    let actors = config.dir.join("actors");
     crate::blocking(move || {
+        ActorPlaces::close_all_volumes(&actors);
         ActorPlaces::unmount(&run);
         if let Err(error) = crate::image::unmount_all(&images) {
             tracing::warn!(path = %images.display(), %error, "cannot unmount the images");

@@ -58,15 +58,26 @@ impl node_server::Node for Service {
         let failed = |source| NodeError::Image { container: String::new(), source };
         let reference: Reference = request.reference.parse().map_err(failed)?;
         self.0.disk.admit("an image", 0).map_err(NodeError::from)?;
-        let images = self.0.images.clone();
+        let (images, node) = (self.0.images.clone(), Arc::clone(&self.0));
+        let of_machine = request.sandbox_class == "microvm";
         // Latest wins: a reader that is slow sees fewer steps, never stale ones at the end.
         let (progress, mut seen) = tokio::sync::watch::channel(None);
         let work = tokio::spawn(async move {
-            images
-                .ensure(&request.atespace, &reference, move |now| {
-                    progress.send_replace(Some(now));
+            let image = images
+                .ensure(&request.atespace, &reference, |now| {
+                    // Not ready before its disk is.
+                    if !(of_machine && now.phase == crate::image::Phase::Ready) {
+                        progress.send_replace(Some(now));
+                    }
                 })
-                .await
+                .await?;
+            if of_machine {
+                let (bytes_done, bytes_total) = (0, 0);
+                let phase = crate::image::Phase::Building;
+                progress.send_replace(Some(crate::image::Progress { phase, bytes_done, bytes_total }));
+                node.erofs.ensure(&image).await?;
+            }
+            Ok(image)
         });
         let (sender, answers) = mpsc::channel(8);
         tokio::spawn(async move {
@@ -111,7 +122,9 @@ impl node_server::Node for Service {
     }
 
     async fn release(&self, request: Request<api::ReleaseRequest>) -> Answer<api::ReleaseResponse> {
-        let assignment = required(request.into_inner().assignment, "assignment")?;
+        let request = request.into_inner();
+        let assignment = required(request.assignment, "assignment")?;
+        self.0.of_this_session(&request.session)?;
         self.0.release(assignment).await?;
         Ok(Response::new(api::ReleaseResponse {}))
     }
@@ -210,7 +223,7 @@ impl node_server::Node for Service {
             .into());
         }
         let path = self.0.places.log_dir(&known.atespace, &known.name).join(format!("{container}.log"));
-        let chunks = crate::logs::read(path, request.tail, request.follow)?;
+        let chunks = self.0.logs.read(path, request.tail, request.follow)?;
         Ok(Response::new(chunks.map(|chunk| chunk.map(|data| api::LogsChunk { data })).boxed()))
     }
 }

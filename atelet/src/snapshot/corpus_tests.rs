@@ -99,11 +99,20 @@ async fn what_earlier_builds_wrote_is_read() {
                 node.find("u1", &written.id).unwrap().unwrap_or_else(|| panic!("{what}: not on the node"));
             node.verify_anew(&local, Some(&written.node_digest)).unwrap_or_else(|e| panic!("{what}: {e}"));
             checker.durable(&wanted(written), &written.packs).await.unwrap();
+            // An upload that was owed when the build changed: what a node fetches is still the node's copy.
+            let elsewhere = tempfile::tempdir().unwrap();
+            let store = Arc::new(LocalStore::open(elsewhere.path()).unwrap());
+            let durable = Durable { store, ..durable.clone() };
+            let manifest_digest = durable.upload(&local, "blue", &[]).await.unwrap().manifest_digest;
+            fresh.drop_now("u1", &written.id).unwrap();
+            let again = Wanted { manifest_digest, ..wanted(written) };
+            let again = durable.fetch(&fresh, &again).await.unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert_eq!(again.node_digest, written.node_digest, "{what}");
             read += 1;
         }
         assert_eq!(checker.finish().findings, Vec::<String>::new());
     }
-    assert!(read >= 3, "the corpus is gone");
+    assert!(read >= 6, "the corpus is gone");
 }
 
 /// Writes a corpus: a first snapshot, one that refers to it, and one after a rotation of the keys.

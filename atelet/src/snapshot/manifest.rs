@@ -20,11 +20,12 @@ use substrate_proto::types::Compatibility;
 use super::digest::sha256;
 use super::node::{Record, RecordFile};
 use super::pack::{Sealer, TAG};
-use super::{DataKey, FileKind, SnapshotError, Source, WrappedKey, check_name};
+use super::{DataKey, FileKind, MAX_BLOCK, MIN_BLOCK, SnapshotError, Source, WrappedKey, check_name};
 use crate::blob::Key;
 
-/// Version of manifests and packs that this build writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of manifests that this build writes; it reads all up to it. A manifest of version 2 holds a record of
+/// version 2 (the digest of a file is over the blocks of the manifest), one of version 1 a record of version 1.
+pub const FORMAT_VERSION: u32 = super::node::RECORD_VERSION;
 /// Largest manifest that is read, bytes.
 pub const MAX_MANIFEST: u64 = 256 << 20;
 /// Packs that one manifest may name.
@@ -192,6 +193,8 @@ pub struct Body {
 /// A manifest that was read, verified and opened.
 #[derive(Debug, Clone)]
 pub struct Manifest {
+    /// Of the format.
+    pub version: u32,
     /// Readable part.
     pub header: Header,
     /// Sealed part.
@@ -204,7 +207,7 @@ impl Manifest {
     /// The record of a node snapshot with this content.
     pub fn record(&self) -> Record {
         Record {
-            version: 1,
+            version: self.version,
             snapshot_id: self.header.snapshot_id.clone(),
             actor_uid: self.header.actor_uid.clone(),
             generation: self.header.generation,
@@ -219,6 +222,7 @@ impl Manifest {
                     name: file.name.clone(),
                     kind: file.file_kind(),
                     size: file.size,
+                    block: if self.version == 1 { 0 } else { file.block_size },
                     digest: hex::encode(&file.digest),
                 })
                 .collect(),
@@ -243,19 +247,29 @@ pub fn manifest_key(actor_uid: &str, generation: u64, snapshot_id: &str) -> Resu
 
 /// What a data key is wrapped for.
 pub fn key_context(atespace: &str, actor_uid: &str, snapshot_id: &str) -> String {
-    format!("substrate snapshot {FORMAT_VERSION}\0{atespace}\0{actor_uid}\0{snapshot_id}")
+    format!("substrate snapshot 1\0{atespace}\0{actor_uid}\0{snapshot_id}")
 }
 
-/// Encodes and seals a manifest.
+/// Encodes and seals a manifest of the newest version.
 ///
 /// # Errors
 /// [`SnapshotError::TooLarge`].
 pub fn encode(header: &Header, body: &Body, key: &DataKey) -> Result<Vec<u8>, SnapshotError> {
+    encode_as(FORMAT_VERSION, header, body, key)
+}
+
+/// Encodes and seals a manifest of the version of the record that it holds.
+pub(crate) fn encode_as(
+    version: u32,
+    header: &Header,
+    body: &Body,
+    key: &DataKey,
+) -> Result<Vec<u8>, SnapshotError> {
     let too_large = |reason: String| SnapshotError::TooLarge { snapshot: header.snapshot_id.clone(), reason };
     let head = header.encode_to_vec();
     let mut out = Vec::with_capacity(head.len() + 16);
     out.extend_from_slice(MAGIC);
-    out.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+    out.extend_from_slice(&version.to_le_bytes());
     out.extend_from_slice(&(head.len() as u32).to_le_bytes());
     out.extend_from_slice(&head);
     let plain =
@@ -277,6 +291,7 @@ pub fn encode(header: &Header, body: &Body, key: &DataKey) -> Result<Vec<u8>, Sn
 /// A manifest whose body is still sealed.
 #[derive(Debug)]
 pub struct Sealed<'a> {
+    version: u32,
     /// Readable part.
     pub header: Header,
     authenticated: &'a [u8],
@@ -306,7 +321,7 @@ pub fn read<'a>(content: &'a [u8], digest: Option<&str>, name: &str) -> Result<S
     let rest = content.strip_prefix(MAGIC).ok_or_else(|| corrupt(name, "it does not begin as one"))?;
     let (version, rest) = rest.split_first_chunk::<4>().ok_or_else(short)?;
     let version = u32::from_le_bytes(*version);
-    if version != FORMAT_VERSION {
+    if !(1..=FORMAT_VERSION).contains(&version) {
         return Err(SnapshotError::Version {
             snapshot: name.to_owned(),
             found: version,
@@ -320,7 +335,7 @@ pub fn read<'a>(content: &'a [u8], digest: Option<&str>, name: &str) -> Result<S
         return Err(corrupt(name, "its header is not in the canonical form"));
     }
     check_header(&header).map_err(|reason| corrupt(name, reason))?;
-    Ok(Sealed { header, authenticated: &content[..content.len() - body.len()], body, digest: found })
+    Ok(Sealed { version, header, authenticated: &content[..content.len() - body.len()], body, digest: found })
 }
 
 impl Sealed<'_> {
@@ -346,7 +361,7 @@ impl Sealed<'_> {
             return Err(corrupt(&name, "its body is not in the canonical form"));
         }
         check_body(&self.header, &body).map_err(|reason| corrupt(&name, reason))?;
-        Ok(Manifest { header: self.header, body, digest: self.digest })
+        Ok(Manifest { version: self.version, header: self.header, body, digest: self.digest })
     }
 }
 
@@ -380,7 +395,7 @@ fn check_body(header: &Header, body: &Body) -> Result<(), String> {
         if file.kind > 2 || !names.insert((file.file_kind().directory(), &file.name)) {
             return Err(format!("file {} is of unknown kind or named twice", file.name));
         }
-        if !file.block_size.is_power_of_two() || !(4 << 10..=4 << 20).contains(&file.block_size) {
+        if !file.block_size.is_power_of_two() || !(MIN_BLOCK..=MAX_BLOCK).contains(&file.block_size) {
             return Err(format!("file {} has blocks of {} bytes", file.name, file.block_size));
         }
         if file.size > 1 << 46 || file.digest.len() != 32 {

@@ -217,15 +217,34 @@ impl FileKind {
         }
     }
 
-    /// Size of the blocks it is cut into, bytes. Memory that a workload dirties at random costs a whole block for
-    /// each page, so its blocks are the smallest that the format has; the rest compresses better in larger ones.
-    pub fn block_size(self) -> u32 {
-        match self {
-            Self::Memory => 64 << 10,
-            Self::State | Self::Volume => 256 << 10,
+    /// Size of the blocks that a file of `size` bytes is cut into, bytes. Memory is dirtied page by page, and what a
+    /// runtime writes of it moves by whole pages when something before it grows, so small memory has blocks of a page.
+    /// Larger memory has larger ones up to 64 KiB, and any file more still beyond [`MAX_BLOCKS`], because the list of
+    /// blocks is stored with each snapshot and held in memory (measurements: docs/snapshot-format.md).
+    pub fn block_size(self, size: u64) -> u32 {
+        let usual = match self {
+            Self::Memory => {
+                let page = MIN_BLOCK;
+                (0..4).map(|times| page << times).find(|block| size.div_ceil((*block).into()) <= SMALL_BLOCKS)
+            }
+            Self::State | Self::Volume => Some(256 << 10),
+        };
+        let mut block: u32 = usual.unwrap_or(64 << 10);
+        while block < MAX_BLOCK && size.div_ceil(u64::from(block)) > MAX_BLOCKS {
+            block *= 2;
         }
+        block
     }
 }
+
+/// Largest block, bytes.
+pub(crate) const MAX_BLOCK: u32 = 4 << 20;
+/// Smallest block, bytes.
+pub(crate) const MIN_BLOCK: u32 = 4 << 10;
+/// Blocks of memory up to which they are smaller than 64 KiB.
+const SMALL_BLOCKS: u64 = 1 << 14;
+/// Blocks of a file while they can still be made larger.
+const MAX_BLOCKS: u64 = 1 << 17;
 
 /// Checks an id that becomes part of a path and of an object's key.
 pub(crate) fn check_name<'a>(what: &'static str, value: &'a str) -> Result<&'a str, SnapshotError> {

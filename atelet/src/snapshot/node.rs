@@ -4,6 +4,7 @@
 //! ```text
 //! snapshots/<uid>/<snapshot>/record.json     what it is: ids, compatibility, files with sizes and digests
 //!                           /local.json      what this node knows of it: stat of each file, uses; not durable
+//!                           /digests         of every block, for the upload; not durable
 //!                           /files/…         of ateom
 //!                           /volumes/<name>  archives
 //! snapshots/<uid>/.new-<snapshot>~<random>/  being made by a checkpoint
@@ -32,12 +33,12 @@ use serde::{Deserialize, Serialize};
 use substrate_proto::types::Compatibility;
 use substrate_proto::{atelet, ateom as ateom_proto};
 
-use super::digest::{self, sha256};
-use super::{FileKind, SnapshotError, Source, check_name, file_path, unix_ms};
+use super::digest::{self, Sha, sha256};
+use super::{FileKind, MAX_BLOCK, MIN_BLOCK, SnapshotError, Source, check_name, file_path, unix_ms};
 use crate::durable::{self, crash};
 
-/// Version of `record.json` that this build writes and reads.
-const RECORD_VERSION: u32 = 1;
+/// Version of `record.json` that this build writes; it reads all up to it.
+pub(crate) const RECORD_VERSION: u32 = 2;
 /// Largest record that is read, bytes.
 const MAX_RECORD: u64 = 4 << 20;
 /// Kept beside a checkpoint in the making, so that a disk it filled still has room for its record.
@@ -53,15 +54,39 @@ pub struct RecordFile {
     pub kind: FileKind,
     /// Bytes.
     pub size: u64,
+    /// Bytes of the blocks that its digest is over; absent in version 1, whose blocks are of 1 MiB.
+    #[serde(default, skip_serializing_if = "is_absent")]
+    pub block: u32,
     /// Hex of [`digest::of_file`].
     pub digest: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_absent(block: &u32) -> bool {
+    *block == 0
+}
+
+impl RecordFile {
+    /// Bytes of the blocks that its digest is over.
+    pub fn digest_block(&self) -> u64 {
+        if self.block == 0 { digest::PIECE } else { u64::from(self.block) }
+    }
+
+    /// Whether its fields are possible in a record of this version.
+    fn check(&self, version: u32) -> Result<(), String> {
+        let sound = match version {
+            1 => self.block == 0,
+            _ => self.block.is_power_of_two() && (MIN_BLOCK..=MAX_BLOCK).contains(&self.block),
+        };
+        if sound { Ok(()) } else { Err(format!("{} has blocks of {} bytes", self.name, self.block)) }
+    }
 }
 
 /// `record.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
-    /// [`RECORD_VERSION`].
+    /// Of the format: 1 or 2.
     pub version: u32,
     /// Id, chosen by the control plane.
     pub snapshot_id: String,
@@ -185,6 +210,28 @@ impl NodeSnapshot {
         }
     }
 
+    /// Digests of the blocks of each file, as they were when it was recorded; `None` where that is not known. They are
+    /// what the file's digest is over, so they need no trust of their own.
+    pub fn block_digests(&self) -> Vec<Option<Vec<Sha>>> {
+        let all = std::fs::read(self.dir.join("digests")).unwrap_or_default();
+        let mut rest = all.as_slice();
+        (self.record.files.iter())
+            .map(|file| {
+                let length = file.size.div_ceil(file.digest_block()) as usize * size_of::<Sha>();
+                let (own, after) = rest.split_at_checked(length)?;
+                rest = after;
+                (file.block > 0 && hex::encode(sha256(own)) == file.digest)
+                    .then(|| own.as_chunks().0.to_vec())
+            })
+            .collect()
+    }
+
+    fn set_block_digests(&self, digests: &[u8]) {
+        if let Err(error) = std::fs::write(self.dir.join("digests"), digests) {
+            tracing::warn!(dir = %self.dir.display(), %error, "the upload will hash a snapshot again");
+        }
+    }
+
     /// The manifest this node knows it by.
     pub fn manifest_digest(&self) -> Option<String> {
         self.local().manifest_digest
@@ -253,18 +300,23 @@ impl Drop for Pin {
     }
 }
 
+/// A file with the digests of its blocks.
+type Digested = (RecordFile, Vec<Sha>);
+
 /// All snapshots of a node. Its methods block.
 #[derive(Debug, Clone)]
 pub struct NodeSnapshots {
     root: PathBuf,
     threads: usize,
+    /// Instead of [`FileKind::block_size`] for memory.
+    memory_block: Option<u32>,
     pins: Arc<Mutex<HashMap<PathBuf, u32>>>,
 }
 
 impl NodeSnapshots {
     /// Opens a directory that another process may have open.
     pub fn beside(root: &Path, threads: usize) -> Self {
-        Self { root: root.to_owned(), threads, pins: Arc::default() }
+        Self { root: root.to_owned(), threads, memory_block: None, pins: Arc::default() }
     }
 
     /// Opens (and makes) the directory, and finishes removals and gives up fetches that a killed process left.
@@ -281,7 +333,13 @@ impl NodeSnapshots {
                 }
             }
         }
-        Ok(Self { root: root.to_owned(), threads, pins: Arc::default() })
+        Ok(Self { root: root.to_owned(), threads, memory_block: None, pins: Arc::default() })
+    }
+
+    /// Cuts memory into blocks of this many bytes, a power of two of 4 KiB to 4 MiB; for measurements.
+    #[must_use]
+    pub fn with_memory_block(self, bytes: u32) -> Self {
+        Self { memory_block: Some(bytes), ..self }
     }
 
     fn dir(&self, uid: &str, snapshot: &str) -> Result<PathBuf, SnapshotError> {
@@ -342,6 +400,7 @@ impl NodeSnapshots {
         draft: Draft,
         described: &[(FileKind, String, u64)],
     ) -> Result<NodeSnapshot, SnapshotError> {
+        let (files, digests) = self.digests(staging, described)?;
         let record = Record {
             version: RECORD_VERSION,
             snapshot_id: draft.snapshot_id,
@@ -350,9 +409,11 @@ impl NodeSnapshots {
             time_ms: draft.time_ms,
             memory_bytes: draft.memory_bytes,
             compatibility: draft.compatibility,
-            files: self.digests(staging, described)?,
+            files,
         };
-        self.finish(staging, record, Local { used_ms: unix_ms(), ..Local::default() })
+        let made = self.finish(staging, record, Local { used_ms: unix_ms(), ..Local::default() })?;
+        made.set_block_digests(&digests);
+        Ok(made)
     }
 
     /// Makes a fetched copy a snapshot; its files were verified as they were written and are fsynced.
@@ -379,21 +440,21 @@ impl NodeSnapshots {
         result
     }
 
+    /// The files in the order of a record, and the digests of their blocks.
     fn digests(
         &self,
         staging: &Staging,
         described: &[(FileKind, String, u64)],
-    ) -> Result<Vec<RecordFile>, SnapshotError> {
+    ) -> Result<(Vec<RecordFile>, Vec<u8>), SnapshotError> {
         let wrong =
             |reason: String| SnapshotError::Described { snapshot: staging.snapshot_id.clone(), reason };
         let io = SnapshotError::io(&staging.snapshot_id);
         let mut files = Vec::new();
         for (kind, name, size) in described {
             check_name("file", name)?;
-            if files
-                .iter()
-                .any(|other: &RecordFile| other.name == *name && other.kind.directory() == kind.directory())
-            {
+            if files.iter().any(|(other, _): &Digested| {
+                other.name == *name && other.kind.directory() == kind.directory()
+            }) {
                 return Err(wrong(format!("{name} is described twice")));
             }
             let path = staging.path(*kind, name);
@@ -402,20 +463,29 @@ impl NodeSnapshots {
             if found != *size {
                 return Err(wrong(format!("{name} has {found} bytes, described are {size}")));
             }
-            let digest = digest::of_file(&file, *size, self.threads)
-                .and_then(|digest| file.sync_all().map(|()| digest))
-                .map_err(durable::at("digest", &path))
-                .map_err(SnapshotError::io(&staging.snapshot_id))?;
-            files.push(RecordFile {
-                name: name.clone(),
-                kind: *kind,
-                size: *size,
-                digest: hex::encode(digest),
-            });
+            let block = match kind {
+                FileKind::Memory => self.memory_block.unwrap_or_else(|| kind.block_size(*size)),
+                _ => kind.block_size(*size),
+            };
+            // Hashed while it is written to the disk.
+            let digests = std::thread::scope(|scope| {
+                let syncing = scope.spawn(|| file.sync_all());
+                let digests = digest::of_file(&file, *size, block.into(), self.threads);
+                let synced = syncing.join().unwrap_or_else(|_| Err(io::Error::other("the fsync panicked")));
+                synced.and(digests)
+            })
+            .map_err(durable::at("digest", &path))
+            .map_err(SnapshotError::io(&staging.snapshot_id))?;
+            let digest = hex::encode(digests.whole);
+            files.push((
+                RecordFile { name: name.clone(), kind: *kind, size: *size, block, digest },
+                digests.blocks,
+            ));
         }
-        files.sort_by(|a, b| (a.kind.directory(), &a.name).cmp(&(b.kind.directory(), &b.name)));
+        files.sort_by(|(a, _), (b, _)| (a.kind.directory(), &a.name).cmp(&(b.kind.directory(), &b.name)));
+        let (files, digests): (Vec<_>, Vec<_>) = files.into_iter().unzip();
         remove_others(&staging.dir, &files).map_err(io)?;
-        Ok(files)
+        Ok((files, digests.iter().flat_map(|blocks| blocks.as_flattened()).copied().collect()))
     }
 
     fn finish(
@@ -486,7 +556,7 @@ impl NodeSnapshots {
         };
         let Version { version } =
             serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
-        if version != RECORD_VERSION {
+        if !(1..=RECORD_VERSION).contains(&version) {
             return Err(SnapshotError::Version {
                 snapshot: snapshot.to_owned(),
                 found: version,
@@ -502,6 +572,7 @@ impl NodeSnapshots {
         }
         for file in &record.files {
             check_name("file", &file.name)?;
+            file.check(version).map_err(corrupt)?;
         }
         Ok(Some(NodeSnapshot { dir, record, node_digest: hex::encode(sha256(&text)) }))
     }
@@ -562,9 +633,9 @@ impl NodeSnapshots {
             if local.stats.get(&stat_key(file)) == Some(&stat) {
                 continue;
             }
-            let digest = digest::of_file(&opened, file.size, self.threads)
+            let digests = digest::of_file(&opened, file.size, file.digest_block(), self.threads)
                 .map_err(|error| corrupt(&file.name, error.to_string()))?;
-            if hex::encode(digest) != file.digest {
+            if hex::encode(digests.whole) != file.digest {
                 return Err(corrupt(&file.name, "its digest is not the one that was recorded".to_owned()));
             }
             local.stats.insert(stat_key(file), stat);

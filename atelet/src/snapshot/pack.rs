@@ -3,11 +3,13 @@
 //! in `docs/snapshot-format.md`.
 //!
 //! ```text
-//!  files ─▶ 1 MiB stretches ─▶ [read · zero? · sha256 · known to a parent? · zstd · seal]  on all cores, in order
+//!  files ─▶ 1 MiB stretches ─▶ [zero? · known to a parent? · read · sha256 · zstd · seal]  on all cores, in order
 //!        ─▶ offsets, manifest entries ─▶ a few stretches of buffer ─▶ put (streamed as it is made)
 //! ```
 //!
-//! Memory is bounded by the stretches in flight, whatever the snapshot's size. The upload is idempotent: a manifest
+//! The digests of blocks are those that were computed when the snapshot was recorded: what a parent has is not even
+//! read. What is new is digested again as it is read, so that no block is stored that is not the recorded one. Memory
+//! is bounded by the stretches in flight and the list of blocks, which does not grow with files beyond 8 GiB. The upload is idempotent: a manifest
 //! that is there already ends it; each attempt has its own data key and its own pack, and an attempt that lost leaves
 //! at most a pack that no manifest names. The manifest is written last: before that the snapshot does not exist (P2).
 use std::collections::HashMap;
@@ -21,15 +23,20 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::digest::{Sha, data_extent, sha256};
-use super::manifest::{self, Block, Body, FORMAT_VERSION, Header, MAX_PACKS, Manifest, Pack, Wrapped};
+use super::digest::{Sha, data_extent, is_zero, sha256};
+use super::manifest::{self, Block, Body, Header, MAX_PACKS, Manifest, Pack, Wrapped};
 use super::node::NodeSnapshot;
 use super::restore::Durable;
-use super::{DataKey, FileKind, KeyError, SnapshotError};
+use super::{DataKey, KeyError, SnapshotError, Source};
 use crate::blob::{BlobError, Key, whole};
+use crate::durable;
 
 /// Bytes of an authentication tag.
 pub const TAG: usize = 16;
+/// Version of packs that this build writes and reads.
+const PACK_VERSION: u32 = 1;
+/// Of a pack with less than one part in so many still in use, the rest is written again, to let go of it.
+const LIVE_PART: u64 = 4;
 /// First bytes of a pack, followed by the version (u32, little endian).
 pub const MAGIC: &[u8; 8] = b"SUBPACK\0";
 /// Bytes before the first block.
@@ -102,7 +109,7 @@ impl BlockCipher {
     /// # Errors
     /// [`KeyError::Random`] if the key is not taken, which no key of 32 bytes is.
     pub fn new(key: &DataKey, actor_uid: &str, snapshot_id: &str) -> Result<Self, KeyError> {
-        let context = format!("substrate pack {FORMAT_VERSION}\0{actor_uid}\0{snapshot_id}\0").into_bytes();
+        let context = format!("substrate pack {PACK_VERSION}\0{actor_uid}\0{snapshot_id}\0").into_bytes();
         let sealer =
             Sealer::new(key).map_err(|Refused| KeyError::Random("a data key was not taken".to_owned()))?;
         Ok(Self { sealer, context })
@@ -205,6 +212,14 @@ enum Done {
     New { number: u64, index: u64, raw: bool, sealed: Vec<u8>, digest: Sha },
 }
 
+impl Done {
+    fn number(&self) -> u64 {
+        match self {
+            Self::Known(number, ..) | Self::New { number, .. } => *number,
+        }
+    }
+}
+
 /// The blocks that may be referenced, and the packs they are in.
 #[derive(Default)]
 struct Parents {
@@ -215,19 +230,25 @@ struct Parents {
 
 impl Parents {
     /// Collects what committed manifests of the same atespace hold. Of more packs than a manifest may name (with the
-    /// new one), those with the fewest live bytes are left out: their blocks are written again, which bounds the
-    /// length of chains and the number of places a restore reads from.
+    /// new one), those with the fewest live bytes are left out, and so is a pack that is mostly dead: their blocks are
+    /// written again, which bounds the length of chains, the number of places a restore reads from, and what a
+    /// snapshot keeps in the store to a multiple of its own size.
     fn new(parents: &[Manifest], atespace: &str) -> Self {
-        let mut live: HashMap<&str, (u64, &Pack)> = HashMap::new();
         let parents: Vec<&Manifest> =
             parents.iter().filter(|parent| parent.header.atespace == atespace).collect();
+        let mut live: HashMap<&str, (u64, &Pack)> = HashMap::new();
         for parent in &parents {
+            let mut bytes = vec![0; parent.header.packs.len()];
             for block in parent.body.files.iter().flat_map(|file| &file.blocks) {
-                let pack = &parent.header.packs[block.pack as usize];
-                live.entry(&pack.key).or_insert((0, pack)).0 += u64::from(block.stored);
+                bytes[block.pack as usize] += u64::from(block.stored);
+            }
+            for (pack, bytes) in parent.header.packs.iter().zip(bytes) {
+                let most = &mut live.entry(&pack.key).or_insert((0, pack)).0;
+                *most = bytes.max(*most);
             }
         }
-        let mut kept: Vec<(u64, &Pack)> = live.into_values().collect();
+        let mut kept: Vec<(u64, &Pack)> =
+            live.into_values().filter(|(bytes, pack)| bytes * LIVE_PART >= pack.length).collect();
         kept.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.key.cmp(&b.1.key)));
         kept.truncate(MAX_PACKS - 1);
         let packs: Vec<Pack> = kept.into_iter().map(|(_, pack)| pack.clone()).collect();
@@ -250,41 +271,83 @@ impl Parents {
     }
 }
 
-/// Reads one stretch of a file and makes its blocks; zero blocks and holes give none.
-fn stretch(
-    file: &fs::File,
-    range: std::ops::Range<u64>,
-    block_size: u64,
-    first_index: u64,
-    parents: &Parents,
-    cipher: &BlockCipher,
-) -> io::Result<Vec<Done>> {
-    let Some(data) = data_extent(file, range.start, range.end)? else { return Ok(Vec::new()) };
-    let start = data.start / block_size * block_size;
-    let mut content = vec![0; (range.end - start) as usize];
-    file.read_exact_at(&mut content, start)?;
-    let mut done = Vec::new();
-    for (at, plain) in content.chunks(block_size as usize).enumerate() {
-        if is_zero(plain) {
-            continue;
-        }
-        let number = start / block_size + at as u64;
-        let index = first_index + (number - range.start / block_size);
-        let digest = sha256(plain);
-        done.push(if let Some(known) = parents.blocks.get(&digest) {
-            Done::Known(number, *known, digest)
-        } else {
-            let (sealed, raw) = cipher.seal(index, plain)?;
-            Done::New { number, index, raw, sealed, digest }
-        });
-    }
-    Ok(done)
+/// A file that is cut into blocks.
+struct Cut {
+    name: String,
+    file: fs::File,
+    size: u64,
+    block: u64,
+    /// Index of its first block in the pack.
+    first: u64,
+    /// Of its blocks, as they were recorded.
+    digests: Option<Vec<Sha>>,
+    /// Digest of a whole block of zeros.
+    zero: Sha,
 }
 
-fn is_zero(content: &[u8]) -> bool {
-    // Words at a time: the compiler vectorizes this, a byte-wise `all` it does not.
-    let (words, tail) = content.as_chunks::<8>();
-    words.iter().all(|word| u64::from_ne_bytes(*word) == 0) && tail.iter().all(|byte| *byte == 0)
+/// What became of a stretch that could not be made.
+enum Trouble {
+    Io(io::Error),
+    /// A block is not the one that was recorded.
+    Changed(u64),
+}
+
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl Cut {
+    /// Makes some of its blocks; zero blocks and holes give none.
+    fn stretch(
+        &self,
+        numbers: std::ops::Range<u64>,
+        parents: &Parents,
+        cipher: &BlockCipher,
+    ) -> Result<Vec<Done>, Trouble> {
+        let mut done = Vec::new();
+        let mut unread = Vec::new();
+        for number in numbers {
+            let digest = self.digests.as_ref().map(|all| all[number as usize]);
+            match (digest, digest.and_then(|digest| parents.blocks.get(&digest))) {
+                (Some(digest), _) if digest == self.zero => {}
+                (Some(digest), Some(known)) => done.push(Done::Known(number, *known, digest)),
+                _ => unread.push((number, digest)),
+            }
+        }
+        let (Some((first, _)), Some((last, _))) = (unread.first(), unread.last()) else { return Ok(done) };
+        let (start, end) = (first * self.block, self.size.min((last + 1) * self.block));
+        if self.digests.is_none() && data_extent(&self.file, start, end)?.is_none() {
+            return Ok(done);
+        }
+        let mut content = vec![0; (end - start) as usize];
+        self.file.read_exact_at(&mut content, start)?;
+        for (number, recorded) in unread {
+            let at = (number * self.block - start) as usize;
+            let plain = &content[at..content.len().min(at + self.block as usize)];
+            if recorded.is_none() && is_zero(plain) {
+                continue;
+            }
+            let digest = sha256(plain);
+            if recorded.is_some_and(|recorded| recorded != digest) {
+                return Err(Trouble::Changed(number));
+            }
+            // The last one, when it is short.
+            if is_zero(plain) {
+                continue;
+            }
+            done.push(if let Some(known) = parents.blocks.get(&digest) {
+                Done::Known(number, *known, digest)
+            } else {
+                let index = self.first + number;
+                let (sealed, raw) = cipher.seal(index, plain)?;
+                Done::New { number, index, raw, sealed, digest }
+            });
+        }
+        done.sort_by_key(Done::number);
+        Ok(done)
+    }
 }
 
 impl Durable {
@@ -344,11 +407,12 @@ impl Durable {
         };
         drop_unused_packs(&mut header, &mut body);
         let written = async {
-            let content = manifest::encode(&header, &body, &key)?;
+            let content = manifest::encode_as(record.version, &header, &body, &key)?;
             let digest = hex::encode(sha256(&content));
             let size = content.len() as u64;
             self.store.put(&manifest_key, whole(content)).await?;
-            Ok::<_, SnapshotError>(Uploaded::of(&Manifest { header, body, digest }, pack_bytes + size))
+            let manifest = Manifest { version: record.version, header, body, digest };
+            Ok::<_, SnapshotError>(Uploaded::of(&manifest, pack_bytes + size))
         }
         .await;
         match written {
@@ -418,32 +482,49 @@ impl Durable {
             self.store.put(pack_key, content.boxed()).await
         };
         let cipher = BlockCipher::new(key, &record.actor_uid, &record.snapshot_id)?;
+        let failed = |error: io::Error| SnapshotError::io(&record.snapshot_id)(error);
         let blocks = async move {
             let mut files = Vec::new();
             let mut offset = PACK_HEADER;
-            let mut first_index = 0;
+            let mut first = 0;
             let mut begun = false;
-            for file in &record.files {
-                let block_size = u64::from(match file.kind {
-                    FileKind::Memory => self.memory_block,
-                    kind => kind.block_size(),
-                });
+            for (file, digests) in record.files.iter().zip(snapshot.block_digests()) {
+                let block_size = if file.block > 0 { file.block } else { file.kind.block_size(file.size) };
+                let block = u64::from(block_size);
                 let path = snapshot.path(file);
-                let opened = Arc::new(fs::File::open(&path)?);
+                let cut = Arc::new(Cut {
+                    name: file.name.clone(),
+                    file: fs::File::open(&path).map_err(durable::at("open", &path)).map_err(failed)?,
+                    size: file.size,
+                    block,
+                    first,
+                    digests,
+                    zero: sha256(&vec![0; block as usize]),
+                });
+                let count = file.size.div_ceil(block);
+                first += count;
                 let mut blocks = Vec::new();
-                let first = first_index;
-                first_index += file.size.div_ceil(block_size);
-                let stretches = (0..file.size).step_by(STRETCH as usize).map(|start| {
-                    let range = start..file.size.min(start + STRETCH);
-                    let index = first + start / block_size;
-                    let (opened, parents, cipher) =
-                        (Arc::clone(&opened), Arc::clone(&parents), cipher.clone());
+                let at_once = (STRETCH / block).max(1);
+                let stretches = (0..count).step_by(at_once as usize).map(|start| {
+                    let numbers = start..count.min(start + at_once);
+                    let (cut, parents, cipher) = (Arc::clone(&cut), Arc::clone(&parents), cipher.clone());
                     async move {
-                        tokio::task::spawn_blocking(move || {
-                            stretch(&opened, range, block_size, index, &parents, &cipher)
-                        })
-                        .await
-                        .unwrap_or_else(|error| Err(io::Error::other(error)))
+                        let made = tokio::task::spawn_blocking(move || {
+                            let made = cut.stretch(numbers, &parents, &cipher);
+                            made.map_err(|trouble| (trouble, cut.name.clone()))
+                        });
+                        match made.await {
+                            Ok(made) => made.map_err(|(trouble, name)| match trouble {
+                                Trouble::Io(error) => failed(error),
+                                Trouble::Changed(number) => SnapshotError::Corrupt {
+                                    snapshot: record.snapshot_id.clone(),
+                                    file: name,
+                                    reason: format!("block {number} is not the one that was recorded"),
+                                    from: Source::Node,
+                                },
+                            }),
+                            Err(error) => Err(failed(io::Error::other(error))),
+                        }
                     }
                 });
                 let mut made = futures::stream::iter(stretches).buffered(self.threads + 1);
@@ -452,7 +533,7 @@ impl Durable {
                     if !begun && done.iter().any(|done| matches!(done, Done::New { .. })) {
                         begun = true;
                         content.extend_from_slice(MAGIC);
-                        content.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+                        content.extend_from_slice(&PACK_VERSION.to_le_bytes());
                     }
                     for block in done {
                         blocks.push(match block {
@@ -484,7 +565,7 @@ impl Durable {
                     }
                     if !content.is_empty() && blocks_out.send(Ok(content.into())).await.is_err() {
                         // The put has ended with an error of its own.
-                        return Err(io::Error::other("the blob store gave up"));
+                        return Err(failed(io::Error::other("the blob store gave up")));
                     }
                 }
                 files.push(manifest::File {
@@ -492,17 +573,17 @@ impl Durable {
                     kind: manifest::File::kind_number(file.kind),
                     size: file.size,
                     digest: hex::decode(&file.digest).unwrap_or_default(),
-                    block_size: block_size as u32,
+                    block_size,
                     blocks,
                 });
             }
             Ok((files, if begun { offset } else { 0 }))
         };
         let make = async move {
-            let made: io::Result<_> = blocks.await;
+            let made: Result<_, SnapshotError> = blocks.await;
             if let Err(error) = &made {
                 // Ends the put: without it a truncated pack would be taken for a whole one.
-                let _ = sender.send(Err(io::Error::new(error.kind(), error.to_string()))).await;
+                let _ = sender.send(Err(io::Error::other(error.to_string()))).await;
             }
             drop(sender);
             made
@@ -514,11 +595,11 @@ impl Durable {
                 snapshot: record.snapshot_id.clone(),
                 file: "pack".to_owned(),
                 reason: format!("the store took {size} of {expected} bytes"),
-                from: super::Source::Durable,
+                from: Source::Durable,
             }),
-            (Err(BlobError::Source { source, .. }), _) => Err(SnapshotError::io(&record.snapshot_id)(source)),
+            // Ours comes back by the put.
+            (Err(BlobError::Source { .. }) | Ok(_), Err(error)) => Err(error),
             (Err(error), _) => Err(error.into()),
-            (Ok(_), Err(error)) => Err(SnapshotError::io(&record.snapshot_id)(error)),
         };
         self.discard(pack_key).await;
         written

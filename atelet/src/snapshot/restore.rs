@@ -21,14 +21,14 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use super::manifest::{self, MAX_MANIFEST, Manifest};
 use super::node::{NodeSnapshot, NodeSnapshots, Staging};
 use super::pack::BlockCipher;
-use super::{FileKind, KeyStore, SnapshotError, Source};
+use super::{KeyStore, SnapshotError, Source};
 use crate::blob::{BlobError, BlobStore, Key};
 use crate::durable;
 
 /// Bytes of a range read.
 const READ: u64 = 1 << 20;
-/// A gap up to this is read over, bytes.
-const GAP: u64 = 64 << 10;
+/// A gap up to this is read over, bytes: some blocks that changed since, which cost less than another request.
+const GAP: u64 = 256 << 10;
 
 /// The durable side of snapshots.
 #[derive(Debug, Clone)]
@@ -36,7 +36,6 @@ pub struct Durable {
     pub(crate) store: Arc<dyn BlobStore>,
     pub(crate) keys: Arc<dyn KeyStore>,
     pub(crate) threads: usize,
-    pub(crate) memory_block: u32,
 }
 
 /// Which snapshot, as the control plane names it.
@@ -72,13 +71,7 @@ pub(super) struct Job {
 impl Durable {
     /// Over a store and keys, working on `threads` cores.
     pub fn new(store: Arc<dyn BlobStore>, keys: Arc<dyn KeyStore>, threads: usize) -> Self {
-        Self { store, keys, threads: threads.max(1), memory_block: FileKind::Memory.block_size() }
-    }
-
-    /// Cuts memory into blocks of this many bytes, a power of two of 4 KiB to 4 MiB; for measurements.
-    #[must_use]
-    pub fn with_memory_block(self, bytes: u32) -> Self {
-        Self { memory_block: bytes, ..self }
+        Self { store, keys, threads: threads.max(1) }
     }
 
     /// The blob store.

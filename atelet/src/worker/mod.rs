@@ -17,6 +17,9 @@
 //! **Restart of this process.** Workers outlive it: they have sessions, control groups and log files of their own. The
 //! next one finds them by their notes and connects to their sockets; what a slot holds is asked of the slot.
 //!
+//! **Another runtime.** A worker that is adopted and runs another runtime than the one configured for it now is ended
+//! as soon as its slot is empty, and started with the new one.
+//!
 //! **Calls** do not pass through the task: they use the connection that [`Worker::up`] hands out. A call that fails
 //! because the worker died waits for the fence in [`Worker::fenced_since`].
 use std::path::{Path, PathBuf};
@@ -27,8 +30,8 @@ use ateom::cgroup::{Cgroup, Hierarchy};
 use substrate_proto::ateom::ateom_client::AteomClient;
 use substrate_proto::ateom::slot_status::Phase;
 use substrate_proto::ateom::{
-    GetCapabilitiesRequest, GetCapabilitiesResponse, GetStatusRequest, Notice, SlotStatus, Stats,
-    WatchRequest, slot_event,
+    GetCapabilitiesRequest, GetCapabilitiesResponse, GetStatusRequest, Notice, ShutdownRequest, SlotStatus,
+    Stats, WatchRequest, slot_event,
 };
 use substrate_proto::types::Assignment;
 use tokio::sync::watch;
@@ -37,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::asset::{AssetStore, RuntimeConfig, RuntimeFiles};
 use crate::config::{MicrovmConfig, WorkerClass, WorkerConfig};
 use crate::error::NodeError;
 
@@ -74,6 +78,8 @@ pub struct Settings {
     pub microvm: Option<MicrovmConfig>,
     /// Handed on.
     pub egress_socket: PathBuf,
+    /// Runtimes of the sandbox config.
+    pub assets: Arc<AssetStore>,
     /// Parent of the workers' control groups.
     pub cgroup: String,
     /// How long a new one may take to answer.
@@ -81,7 +87,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn launch(&self, id: &str, pool: &str, class: WorkerClass) -> Launch {
+    /// The program of a worker, and the digest that its runtime will have if that is known.
+    fn launch(
+        &self,
+        id: &str,
+        pool: &str,
+        class: WorkerClass,
+        files: RuntimeFiles,
+    ) -> (Launch, Option<String>) {
         let path = |path: &Path| path.display().to_string();
         let mut args = vec![
             "--worker-id".to_owned(),
@@ -97,25 +110,29 @@ impl Settings {
             "--cgroup".to_owned(),
             format!("{}/{id}", self.cgroup),
         ];
-        let program = match &self.microvm {
+        let (program, digest) = match &self.microvm {
             Some(microvm) if class == WorkerClass::Microvm => {
-                args.extend(["--qemu".to_owned(), path(&microvm.qemu)]);
-                args.extend(["--kernel".to_owned(), path(&microvm.kernel)]);
-                if let Some(sha256) = &microvm.qemu_sha256 {
-                    args.extend(["--qemu-sha256".to_owned(), sha256.clone()]);
-                }
-                &microvm.ateom_binary
+                let (qemu, digest) = match files.vmm {
+                    Some((qemu, digest)) => (qemu, Some(digest)),
+                    None => (microvm.qemu.clone(), microvm.qemu_sha256.clone()),
+                };
+                args.extend(["--qemu".to_owned(), path(&qemu)]);
+                args.extend(["--kernel".to_owned(), path(files.kernel.as_ref().unwrap_or(&microvm.kernel))]);
+                args.extend(digest.iter().flat_map(|digest| ["--qemu-sha256".to_owned(), digest.clone()]));
+                (&microvm.ateom_binary, digest)
             }
             // A class without its settings is refused with the configuration.
             _ => {
-                args.extend(["--runsc".to_owned(), path(&self.runsc)]);
-                if let Some(sha256) = &self.runsc_sha256 {
-                    args.extend(["--runsc-sha256".to_owned(), sha256.clone()]);
-                }
-                &self.ateom
+                let (runsc, digest) = match files.runsc {
+                    Some((runsc, digest)) => (runsc, Some(digest)),
+                    None => (self.runsc.clone(), self.runsc_sha256.clone()),
+                };
+                args.extend(["--runsc".to_owned(), path(&runsc)]);
+                args.extend(digest.iter().flat_map(|digest| ["--runsc-sha256".to_owned(), digest.clone()]));
+                (&self.ateom, digest)
             }
         };
-        Launch { program: program.clone(), args, log: self.log(id), note: self.note(id) }
+        (Launch { program: program.clone(), args, log: self.log(id), note: self.note(id) }, digest)
     }
 
     /// What a worker says.
@@ -210,6 +227,8 @@ pub struct Worker {
     pub pool: String,
     /// What it runs.
     pub class: WorkerClass,
+    /// It is there for the snapshots of an older runtime.
+    pub restores_only: bool,
     socket: PathBuf,
     view: watch::Receiver<View>,
 }
@@ -220,24 +239,27 @@ impl Worker {
         settings: Arc<Settings>,
         hierarchy: &Arc<Hierarchy>,
         worker: &WorkerConfig,
+        runtime: Option<RuntimeConfig>,
         listener: Listener,
         stop: CancellationToken,
     ) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, view) =
             watch::channel(View { trouble: "it is being started".into(), ..View::default() });
-        let socket = settings.socket(&worker.id);
+        let (socket, restores_only) = (settings.socket(&worker.id), runtime.is_some());
         let task = Task {
             group: settings.group(hierarchy, &worker.id),
             settings,
             id: worker.id.clone(),
             pool: worker.pool.clone(),
             class: worker.class,
+            runtime,
             view: sender,
             listener,
             stop,
         };
         let handle = tokio::spawn(task.run());
-        (Self { id: worker.id.clone(), pool: worker.pool.clone(), class: worker.class, socket, view }, handle)
+        let (id, pool) = (worker.id.clone(), worker.pool.clone());
+        (Self { id, pool, class: worker.class, restores_only, socket, view }, handle)
     }
 
     /// Now.
@@ -296,6 +318,8 @@ struct Task {
     id: String,
     pool: String,
     class: WorkerClass,
+    /// Of the sandbox config, for snapshots that were made with it; none: the class's own.
+    runtime: Option<RuntimeConfig>,
     view: watch::Sender<View>,
     listener: Listener,
     stop: CancellationToken,
@@ -305,6 +329,8 @@ struct Task {
 enum End {
     /// It has to be fenced.
     Dead(String),
+    /// Empty, it was ended because another runtime is configured for it.
+    Outdated,
     /// This process ends; the worker goes on.
     Stopped,
 }
@@ -315,14 +341,15 @@ impl Task {
         loop {
             let begun = Instant::now();
             let end = match self.obtain().await {
-                Ok(mut process) => {
+                Ok((mut process, runtime)) => {
                     let pid = process.identity.pid;
                     let end = tokio::select! {
-                        end = self.serve(pid) => end,
+                        biased;
+                        end = self.serve(pid, runtime.as_deref()) => end,
                         reason = process.ended() => End::Dead(reason),
                         () = self.stop.cancelled() => End::Stopped,
                     };
-                    if matches!(end, End::Dead(_)) {
+                    if !matches!(end, End::Stopped) {
                         process.kill();
                         // Reaps it if it is our child: a group with a zombie in it is not removed.
                         let _ = timeout(FENCE, process.ended()).await;
@@ -331,11 +358,21 @@ impl Task {
                 }
                 Err(reason) => End::Dead(reason),
             };
-            let End::Dead(mut reason) = end else { return };
-            if let Some(words) = last_words(&self.settings.log(&self.id)) {
-                reason = format!("{reason}; its log ends with: {words}");
-            }
-            tracing::warn!(worker = self.id, reason, "worker lost");
+            let reason = match end {
+                End::Stopped => return,
+                End::Outdated => {
+                    let reason = "it ran another runtime than is configured now".to_owned();
+                    tracing::info!(worker = self.id, reason, "worker ended");
+                    reason
+                }
+                End::Dead(mut reason) => {
+                    if let Some(words) = last_words(&self.settings.log(&self.id)) {
+                        reason = format!("{reason}; its log ends with: {words}");
+                    }
+                    tracing::warn!(worker = self.id, reason, "worker lost");
+                    reason
+                }
+            };
             self.view.send_modify(|view| {
                 view.up = None;
                 view.trouble = format!("{reason}; it is being fenced");
@@ -384,11 +421,12 @@ impl Task {
     }
 
     /// The worker's process: the noted one, or a new one after whatever is left was fenced.
-    async fn obtain(&self) -> Result<Process, String> {
-        let launch = self.settings.launch(&self.id, &self.pool, self.class);
-        if let Some(process) = Process::adopt(&launch.note) {
+    async fn obtain(&self) -> Result<(Process, Option<String>), String> {
+        if let Some(process) = Process::adopt(&self.settings.note(&self.id)) {
             tracing::info!(worker = self.id, pid = process.identity.pid, "adopted");
-            return Ok(process);
+            let own = self.runtime.as_ref().and_then(|runtime| runtime.digest(self.class)).map(str::to_owned);
+            let of_class = || self.settings.launch("", "", self.class, RuntimeFiles::default()).1;
+            return Ok((process, own.or_else(of_class)));
         }
         if !self.fence().await {
             return Err("the node agent is stopping".to_owned());
@@ -397,6 +435,13 @@ impl Task {
         if self.view.borrow().fences == 0 {
             (self.listener)(&self.id, News::Vacant);
         }
+        let files = match &self.runtime {
+            None => RuntimeFiles::default(),
+            Some(runtime) => {
+                self.settings.assets.runtime(runtime).await.map_err(|error| error.to_string())?
+            }
+        };
+        let (launch, digest) = self.settings.launch(&self.id, &self.pool, self.class, files);
         let socket = self.settings.socket(&self.id);
         let group = self.group.child("ateom");
         let dirs = [self.settings.state.join(&self.id), self.settings.run.join(&self.id)];
@@ -418,11 +463,12 @@ impl Task {
         })
         .await?;
         tracing::info!(worker = self.id, pid = process.identity.pid, "started");
-        Ok(process)
+        Ok((process, digest))
     }
 
-    /// Connects and relays until the worker no longer answers.
-    async fn serve(&self, pid: i32) -> End {
+    /// Connects and relays until the worker no longer answers. One that was adopted may run another runtime than
+    /// `runtime`; it is ended as soon as it is empty.
+    async fn serve(&self, pid: i32, runtime: Option<&str>) -> End {
         let mut deadline = Instant::now() + self.settings.start_limit;
         loop {
             let (client, capabilities, mut events) = match self.connect(deadline).await {
@@ -435,11 +481,21 @@ impl Task {
                     ));
                 }
             };
+            let outdated =
+                runtime.is_some_and(|wanted| !capabilities.runtime_digest.eq_ignore_ascii_case(wanted));
+            let mut ending = outdated.then(|| client.clone());
             let mut up = Some(Up { client, capabilities });
             let broken = loop {
                 match events.message().await {
                     Ok(Some(event)) => match event.event {
                         Some(slot_event::Event::Status(status)) => {
+                            if let Some(client) = ending.as_mut().filter(|_| status.phase() == Phase::Empty) {
+                                match client.shutdown(ShutdownRequest {}).await {
+                                    Ok(_) => return End::Outdated,
+                                    // A start was faster: next time.
+                                    Err(status) => tracing::info!(worker = self.id, %status, "not ended yet"),
+                                }
+                            }
                             self.view.send_modify(|view| {
                                 view.slot = Some(status);
                                 view.vacant = false;

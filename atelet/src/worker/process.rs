@@ -33,6 +33,13 @@ pub fn boot_id() -> io::Result<String> {
     Ok(std::fs::read_to_string(path).map_err(durable::at("read", path))?.trim().to_owned())
 }
 
+/// The pid in a note, if that process still runs.
+pub(crate) fn noted_pid(note: &Path) -> Option<i32> {
+    let identity: Identity = serde_json::from_slice(&std::fs::read(note).ok()?).ok()?;
+    let runs = boot_id().ok()? == identity.boot_id && start_time(identity.pid) == Some(identity.start_time);
+    runs.then_some(identity.pid)
+}
+
 fn start_time(pid: i32) -> Option<u64> {
     parse_start_time(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }

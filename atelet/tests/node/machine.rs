@@ -70,6 +70,7 @@ impl Machine {
                 id: format!("w{number}"),
                 pool: "default".into(),
                 class: atelet::WorkerClass::Gvisor,
+                runtime: None,
             })
             .collect();
         let run = dir.path().join("run");
@@ -250,7 +251,7 @@ pub struct Told {
 }
 
 /// What every session of these tests calls itself.
-const SESSION: &str = "test";
+pub const SESSION: &str = "test";
 
 /// A control plane's session that grants what is in `named`.
 pub struct Session {

@@ -6,7 +6,7 @@ mod machine;
 
 use std::time::Duration;
 
-use machine::{Machine, PATIENCE, Session, assignment};
+use machine::{Machine, PATIENCE, SESSION, Session, assignment};
 use substrate_proto::atelet as api;
 use substrate_proto::ateom::checkpoint_request::Mode;
 use substrate_proto::ateom::slot_status::Phase;
@@ -24,7 +24,7 @@ fn checkpoint(assignment: &Assignment, id: &str, mode: Mode) -> api::CheckpointR
 }
 
 fn release(assignment: &Assignment) -> api::ReleaseRequest {
-    api::ReleaseRequest { assignment: Some(assignment.clone()) }
+    api::ReleaseRequest { assignment: Some(assignment.clone()), session: SESSION.into() }
 }
 
 fn upload(snapshot: &api::NodeSnapshot) -> api::UploadRequest {
@@ -266,6 +266,9 @@ async fn what_a_lease_does_not_name_is_ended_and_without_one_nothing_starts() {
     let stray = assignment("u4", 1, "w2");
     let late = api::ActivateRequest { session: "yesterday's".into(), ..machine.activate(&stray) };
     let error = node.client.activate(late).await.unwrap_err();
+    assert_eq!((error.code(), reason(&error).as_str()), (Code::Unavailable, "OTHER_SESSION"));
+    let late = api::ReleaseRequest { session: "yesterday's".into(), ..release(&past) };
+    let error = node.client.release(late).await.unwrap_err();
     assert_eq!((error.code(), reason(&error).as_str()), (Code::Unavailable, "OTHER_SESSION"));
     // A new session asks at once; only one actor is named.
     let later = Session::open(node.client.clone(), &[&kept]).await;

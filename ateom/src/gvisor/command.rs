@@ -103,6 +103,14 @@ impl Runsc {
     /// # Errors
     /// [`RuntimeError::Failed`] with what its failure means, [`RuntimeError::Timeout`] after `limit`.
     pub async fn run(&self, args: &[&str], output: Output, limit: Duration) -> Result<(), RuntimeError> {
+        self.ask(args, output, limit).await.map(drop)
+    }
+
+    /// Runs a command to its end; what it said on streams of its own.
+    ///
+    /// # Errors
+    /// As [`Runsc::run`].
+    pub async fn ask(&self, args: &[&str], output: Output, limit: Duration) -> Result<String, RuntimeError> {
         let verb = args.first().copied().unwrap_or_default();
         let (streams, said) = match output {
             Output::Workload(streams) => (streams, None),
@@ -127,7 +135,7 @@ impl Runsc {
             {
                 tracing::warn!(%error, log = %log.display(), "cannot remove a log of runsc");
             }
-            return Ok(());
+            return Ok(said.map(read_tail).unwrap_or_default());
         }
         if let Some(said) = said {
             // What it logs it mostly says too.

@@ -131,9 +131,9 @@ pub struct Doctor {
 /// `substrate backup`.
 #[derive(Debug, ClapArgs)]
 pub struct Backup {
-    /// Directory of `substrate up`
-    #[arg(long, value_name = "DIR", env = "SUBSTRATE_DIR", default_value = DEFAULT_DIR)]
-    pub dir: PathBuf,
+    /// Where
+    #[command(flatten)]
+    pub place: Place,
     /// Where to: a directory, absent or empty, or a file that ends in .tar
     #[arg(long, value_name = "PATH")]
     pub to: PathBuf,

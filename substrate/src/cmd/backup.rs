@@ -1,21 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `substrate backup` and `restore`: database, keys and blob store of a machine as one unit (`ateapi::backup`).
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use ateapi::backup::{BackupError, Index, Source, Target};
+use ateapi::backup::{BackupError, Blobs, Index, Objects, Source, Target};
+use atelet::blob::{self, BlobStore, BlobUrl, Key};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::args::{Backup, Global, Restore};
+use crate::args::{Backup, Global, Restore, Up};
+use crate::cmd::stored::failed;
 use crate::cmd::{machine_text, print};
-use crate::failure::{Exit, Failure};
+use crate::failure::{Doing as _, Exit, Failure};
+use crate::up::config::{self, Settings};
+
+/// A blob store that is no directory, read for a backup.
+#[derive(Debug)]
+struct Bucket {
+    store: Arc<dyn BlobStore>,
+    runtime: tokio::runtime::Handle,
+}
+
+impl Objects for Bucket {
+    fn size(&self, key: &str) -> io::Result<Option<u64>> {
+        let key = Key::new(key).map_err(io::Error::other)?;
+        self.runtime.block_on(self.store.head(&key)).map_err(io::Error::other)
+    }
+
+    fn read(&self, key: &str, range: Range<u64>) -> io::Result<Vec<u8>> {
+        let key = Key::new(key).map_err(io::Error::other)?;
+        self.runtime.block_on(self.store.get(&key, range)).map(Into::into).map_err(io::Error::other)
+    }
+}
 
 /// `substrate backup`.
 pub async fn backup(options: &Backup, global: &Global) -> Result<(), Failure> {
-    let dir = &options.dir;
+    let file = match &options.place.config {
+        Some(path) => config::read(path)?,
+        None => config::File::default(),
+    };
+    let cwd = std::env::current_dir().doing(|| "cannot tell the working directory".to_owned())?;
+    let up = Up { dir: options.place.dir.clone(), ..Up::default() };
+    let Settings { dir, file, .. } = Settings::resolve(&up, file, 1, &cwd)?;
+    let dir = dir.as_path();
+    let is_bucket = matches!(file.node.blobs, Some(BlobUrl::S3(_)));
+    let blobs = match file.node.blobs {
+        None => Blobs::Directory(dir.join("blobs")),
+        Some(BlobUrl::Local(path)) => Blobs::Directory(path),
+        Some(url) => {
+            let store = blob::open(&url, false).await.map_err(|error| failed(&error))?;
+            Blobs::Objects(Arc::new(Bucket { store, runtime: tokio::runtime::Handle::current() }))
+        }
+    };
     let source = Source {
         database: dir.join("control/state.db"),
-        blobs: dir.join("blobs"),
+        blobs,
         keys: (!options.without_keys).then(|| dir.join("keys")),
     };
     let is_archive = options.to.extension().is_some_and(|end| end == "tar") && !options.to.is_dir();
@@ -40,12 +80,18 @@ pub async fn backup(options: &Backup, global: &Global) -> Result<(), Failure> {
     if index.missing.is_empty() {
         return Ok(());
     }
+    let way_out = if is_bucket {
+        "the backup holds everything else; revert or reset the actors concerned"
+    } else {
+        "the backup holds everything else; revert or reset the actors concerned. Where snapshots are kept elsewhere \
+         (node.blobs), name the configuration file with --config"
+    };
     Err(Failure::general(format!(
         "the blob store lacks {} of what the records name: {}",
         files(index.missing.len()),
         index.missing.iter().take(5).cloned().collect::<Vec<_>>().join(", ")
     ))
-    .with_way_out("the backup holds everything else; revert or reset the actors concerned"))
+    .with_way_out(way_out))
 }
 
 /// `substrate restore`.

@@ -37,6 +37,11 @@ struct Report {
     abandoned_uploads: u64,
     /// Actors that are no more, of which this machine still held snapshots.
     purged: Vec<String>,
+    /// Actors that are no more, of which this machine still held volumes and other files.
+    bundles: Vec<String>,
+    /// Runtime assets that neither a snapshot, nor the sandbox config, nor a worker names.
+    runtimes: Vec<String>,
+    runtime_bytes: u64,
 }
 
 /// Collects.
@@ -47,6 +52,7 @@ pub async fn run(options: Gc, global: &Global) -> Result<(), Failure> {
     let root = Key::new("actors").map_err(|error| failed(&error))?;
     let listed = stored.store.list(&root).await.map_err(|error| failed(&error))?;
     let here = stored.local.actors().doing(|| "cannot list the snapshots of this machine".to_owned())?;
+    let bundles = stored.bundles()?;
     let inventory = stored.inventory().await?;
     for object in listed {
         match inventory.fate(object.key.as_str()) {
@@ -77,6 +83,19 @@ pub async fn run(options: Gc, global: &Global) -> Result<(), Failure> {
         }
         report.purged.push(uid);
     }
+    for (uid, dir) in bundles {
+        if inventory.knows(&uid) {
+            continue;
+        }
+        if !options.dry_run {
+            std::fs::remove_dir_all(&dir).doing(|| format!("cannot remove {}", dir.display()))?;
+        }
+        report.bundles.push(uid);
+    }
+    for (digest, bytes) in stored.collect_runtimes(&inventory, options.dry_run)? {
+        report.runtimes.push(digest);
+        report.runtime_bytes += bytes;
+    }
     if global.output.is_machine() {
         return print(&machine_text(&report, global.output)?);
     }
@@ -87,6 +106,13 @@ pub async fn run(options: Gc, global: &Global) -> Result<(), Failure> {
     }
     for uid in &report.purged {
         let _ = writeln!(text, "{verb} the snapshots on this machine of actor {uid}, which is no more");
+    }
+    for uid in &report.bundles {
+        let _ =
+            writeln!(text, "{verb} the volumes and files on this machine of actor {uid}, which is no more");
+    }
+    for digest in &report.runtimes {
+        let _ = writeln!(text, "{verb} runtime {digest}");
     }
     let _ = writeln!(
         text,

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a machine keeps, opened beside a substrate that may be running.
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use ateapi::inventory::Inventory;
+use atelet::asset::{AssetStore, SandboxConfig};
 use atelet::blob::{self, BlobError, BlobStore, BlobUrl};
 use atelet::snapshot::FileKeyStore;
 use atelet::snapshot::node::NodeSnapshots;
@@ -22,6 +24,8 @@ pub struct Stored {
     pub store: Arc<dyn BlobStore>,
     /// Snapshots on this machine.
     pub local: NodeSnapshots,
+    /// The sandbox config, if one is named.
+    pub sandbox: Option<SandboxConfig>,
 }
 
 impl Stored {
@@ -46,7 +50,13 @@ impl Stored {
         let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         let local = NodeSnapshots::beside(&dir.join("node/snapshots"), threads);
         let node = file.node.name.unwrap_or_else(|| "local".to_owned());
-        Ok(Self { dir, node, store, local })
+        let sandbox = match file.sandbox_config.map(|path| cwd.join(path)) {
+            None => None,
+            Some(path) => Some(
+                SandboxConfig::read(&path).doing(|| "cannot tell which runtimes are in use".to_owned())?,
+            ),
+        };
+        Ok(Self { dir, node, store, local, sandbox })
     }
 
     /// The keys of its snapshots.
@@ -63,6 +73,54 @@ impl Stored {
             .with_way_out("restore the directory from its backup"));
         }
         FileKeyStore::open(&dir).doing(|| "cannot open the keys".to_owned())
+    }
+
+    /// Removes runtime assets that neither a snapshot, nor the sandbox config, nor a worker names. Without a sandbox
+    /// config nothing is: the newest in the cache is what a start finds.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn collect_runtimes(
+        &self,
+        inventory: &Inventory,
+        dry_run: bool,
+    ) -> Result<Vec<(String, u64)>, Failure> {
+        let Some(config) = &self.sandbox else { return Ok(Vec::new()) };
+        let mut keep: HashSet<String> = config.assets().map(|(_, asset)| asset.sha256.clone()).collect();
+        for (_, snapshot) in inventory.snapshots() {
+            keep.insert(snapshot.compatibility.runtime_digest.clone());
+            keep.extend(snapshot.compatibility.facts.get("kernel").cloned());
+        }
+        let node = self.dir.join("node");
+        AssetStore::collect(&node.join("runtimes"), &node.join("workers"), &keep, dry_run)
+            .doing(|| "cannot collect runtime assets".to_owned())
+    }
+
+    /// Directories of actors' volumes and other files on this machine, by uid.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub fn bundles(&self) -> Result<Vec<(String, PathBuf)>, Failure> {
+        let dir = self.dir.join("node/actors");
+        let list = || -> std::io::Result<Vec<(String, PathBuf)>> {
+            let entries = match std::fs::read_dir(&dir) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+                other => other?,
+            };
+            let mut found = Vec::new();
+            for entry in entries {
+                let entry = entry?;
+                if let Ok(uid) = entry.file_name().into_string()
+                    && !uid.starts_with('.')
+                    && entry.file_type()?.is_dir()
+                {
+                    found.push((uid, entry.path()));
+                }
+            }
+            found.sort();
+            Ok(found)
+        };
+        list().doing(|| format!("cannot list {}", dir.display()))
     }
 
     /// What the database says now.

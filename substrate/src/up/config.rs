@@ -33,6 +33,8 @@ pub struct File {
     pub qemu: Option<PathBuf>,
     /// Directory of the guests' kernel: `vmlinuz`, `modules/`. Default: looked for, see docs/microvm.md.
     pub kernel: Option<PathBuf>,
+    /// The sandbox config: runtimes by content, what is revoked. Default: none.
+    pub sandbox_config: Option<PathBuf>,
     /// A level or tracing filter. Default: `info`.
     pub log: Option<String>,
     /// Leave workers running on exit. Default: false.
@@ -47,6 +49,16 @@ pub struct File {
     pub api: Api,
     /// The node agent.
     pub node: Node,
+    /// Figures for monitoring.
+    pub metrics: Metrics,
+}
+
+/// `[metrics]`; see docs/metrics.md.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Address of `GET /metrics`. Default: none.
+    pub listen: Option<SocketAddr>,
 }
 
 /// `[driver]`.
@@ -143,6 +155,8 @@ pub struct Node {
     pub min_free_bytes: Option<u64>,
     /// Node snapshots kept as cache, bytes. Default: 8589934592.
     pub snapshot_cache_bytes: Option<u64>,
+    /// Images kept as a cache, with those that are needed, bytes. Default: 68719476736.
+    pub image_cache_bytes: Option<u64>,
     /// An actor's log is rotated beyond this size, bytes. Default: 16777216.
     pub log_max_bytes: Option<u64>,
     /// Rotated logs kept for each container. Default: 2.
@@ -198,6 +212,8 @@ pub struct Settings {
     pub qemu: Option<PathBuf>,
     /// Named directory of the guests' kernel.
     pub kernel: Option<PathBuf>,
+    /// The sandbox config with its content.
+    pub sandbox: Option<(PathBuf, atelet::asset::SandboxConfig)>,
     /// Tracing filter.
     pub log: String,
     /// Leave workers on exit.
@@ -228,6 +244,7 @@ impl Settings {
             microvm: None,
             qemu: options.qemu.clone().or(file.qemu.clone()).map(absolute),
             kernel: options.kernel.clone().or(file.kernel.clone()).map(absolute),
+            sandbox: None,
             listen: options.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8480))),
             domain: file.domain.clone(),
             runsc: options.runsc.clone().or(file.runsc.clone()).map(absolute),
@@ -262,6 +279,33 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Reads the sandbox config, if one is named; `cwd` is where a relative path starts.
+    ///
+    /// # Errors
+    /// When it cannot be used, or a runtime of it is also named otherwise.
+    pub fn read_sandbox(&mut self, cwd: &Path) -> Result<(), Failure> {
+        let Some(path) = self.file.sandbox_config.as_ref().map(|path| cwd.join(path)) else { return Ok(()) };
+        let config = atelet::asset::SandboxConfig::read(&path).map_err(|error| {
+            Failure::usage(error.to_string()).with_way_out("docs/config.md lists every key")
+        })?;
+        let twice = |what: &str| {
+            Failure::usage(format!("{what} is named, and {} says which one runs", path.display()))
+                .with_way_out(format!("leave {what} out, or the runtimes there"))
+        };
+        if self.runsc.is_some() && !config.gvisor.runtimes.is_empty() {
+            return Err(twice("runsc"));
+        }
+        let first = config.microvm.runtimes.first();
+        if self.qemu.is_some() && first.is_some_and(|first| first.vmm.is_some()) {
+            return Err(twice("qemu"));
+        }
+        if self.kernel.is_some() && first.is_some_and(|first| first.kernel.is_some()) {
+            return Err(twice("kernel"));
+        }
+        self.sandbox = Some((path, config));
+        Ok(())
+    }
+
     fn check(&self) -> Result<(), Failure> {
         if self.workers == 0 && self.microvm_workers == 0 {
             return Err(Failure::usage("workers and microvm_workers are 0: give at least 1"));
@@ -274,7 +318,10 @@ impl Settings {
                 .with_way_out("name api.cert and api.key in the configuration file; see docs/access.md"));
         }
         // The longest that parts make below the run directory: an ateom's.
-        let worker = self.run.join(format!("workers/{}/ingress.sock", worker_id(self.all_workers())));
+        // Those of older runtimes have longer names.
+        let longest = self.file.sandbox_config.as_ref().map(|_| "o123456-10".to_owned());
+        let longest = longest.unwrap_or_else(|| worker_id(self.all_workers()));
+        let worker = self.run.join(format!("workers/{longest}/ingress.sock"));
         for socket in [&worker, &self.driver_socket] {
             let length = socket.as_os_str().len();
             if length > substrate_proto::seam::MAX_SOCKET_PATH {
@@ -299,9 +346,26 @@ impl Settings {
         (1..=self.microvm_workers).map(|number| format!("m{number}")).collect()
     }
 
-    /// Worker slots of all classes.
+    /// Worker slots of all classes, without those for snapshots of older runtimes.
     pub fn all_workers(&self) -> u32 {
         self.workers + self.microvm_workers
+    }
+
+    /// Workers for snapshots of runtimes after the first of each class: id, class, the runtime's name. The id says
+    /// the runtime: one that is adopted must not be taken for another's.
+    pub fn older_workers(&self) -> Vec<(String, atelet::WorkerClass, String)> {
+        use atelet::WorkerClass::{Gvisor, Microvm};
+        let Some((_, config)) = &self.sandbox else { return Vec::new() };
+        let classes = [(Gvisor, "o", self.workers), (Microvm, "p", self.microvm_workers)];
+        let of = |(class, letter, wanted): (atelet::WorkerClass, &'static str, u32)| {
+            let older = if wanted > 0 { atelet::asset::workers_of(config, class) } else { Vec::new() };
+            older.into_iter().flat_map(move |(runtime, slots)| {
+                let digest: String = runtime.digest(class).unwrap_or("none").chars().take(6).collect();
+                (1..=slots)
+                    .map(move |number| (format!("{letter}{digest}-{number}"), class, runtime.name.clone()))
+            })
+        };
+        classes.into_iter().flat_map(of).collect()
     }
 }
 

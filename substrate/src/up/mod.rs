@@ -16,6 +16,7 @@
 pub mod config;
 mod lock;
 mod logging;
+mod metrics;
 mod parts;
 
 pub use parts::CONTROL_KEYS;
@@ -54,7 +55,9 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let cwd = std::env::current_dir().doing(|| "cannot tell the current directory".to_owned())?;
     let mut settings = Settings::resolve(&options, file, cores, &cwd)?;
+    settings.read_sandbox(&cwd)?;
     let mut signals = Signals::listen()?;
+    fetch_runtimes(&mut settings).await?;
 
     let facts = doctor::gather(
         &settings.dir,
@@ -83,6 +86,10 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
     let log = logging::start(&settings.dir, &settings.log, options.verbose)?;
     for check in &checks {
         tracing::info!(check = check.name, verdict = ?check.verdict, "{}", check.message);
+    }
+    if let Some(listen) = settings.file.metrics.listen {
+        let address = metrics::serve(listen).await?;
+        tracing::info!(%address, "metrics");
     }
     let runtime = doctor::runtime(runsc).await?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), dir = %settings.dir.display(), workers = settings.all_workers(),
@@ -139,6 +146,23 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
     tracing::info!("ended");
     drop(lock);
     result
+}
+
+/// Makes the runtimes that new actors start on local: nothing starts without them. The others are the node agent's.
+async fn fetch_runtimes(settings: &mut Settings) -> Result<(), Failure> {
+    let Some((_, config)) = settings.sandbox.clone() else { return Ok(()) };
+    let store = atelet::asset::AssetStore::open(&settings.dir.join("node/runtimes"))
+        .doing(|| "cannot open the cache of runtimes".to_owned())?;
+    let mut spinner = Spinner::new("fetching runtimes");
+    spinner.show();
+    for (wanted, class) in [(settings.workers, &config.gvisor), (settings.microvm_workers, &config.microvm)] {
+        let Some(first) = class.runtimes.first().filter(|_| wanted > 0) else { continue };
+        let files = store.runtime(first).await.doing(|| format!("no runtime {:?}", first.name))?;
+        settings.runsc = files.runsc.map(|(path, _)| path).or(settings.runsc.take());
+        settings.qemu = files.vmm.map(|(path, _)| path).or(settings.qemu.take());
+        settings.kernel = files.kernel.or(settings.kernel.take());
+    }
+    Ok(())
 }
 
 /// A line on stderr; nobody may be reading any more.

@@ -257,11 +257,17 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
     let pool = given.pool.clone().unwrap_or_else(|| "default".to_owned());
     let worker = |class| {
         let pool = pool.clone();
-        move |id| atelet::WorkerConfig { id, pool: pool.clone(), class }
+        move |id| atelet::WorkerConfig { id, pool: pool.clone(), class, runtime: None }
     };
+    let older = settings.older_workers().into_iter().map(|(id, class, runtime)| atelet::WorkerConfig {
+        id,
+        pool: pool.clone(),
+        class,
+        runtime: Some(runtime),
+    });
     let gvisor = settings.worker_ids().into_iter().map(worker(WorkerClass::Gvisor));
-    let workers =
-        gvisor.chain(settings.microvm_worker_ids().into_iter().map(worker(WorkerClass::Microvm))).collect();
+    let microvm = settings.microvm_worker_ids().into_iter().map(worker(WorkerClass::Microvm));
+    let workers = gvisor.chain(microvm).chain(older).collect();
     let runsc = runtime.map(|runtime| runtime.path.clone()).unwrap_or_default();
     let mut config = atelet::Config::for_machine(
         &node_name(settings),
@@ -273,10 +279,12 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
     );
     config.microvm.clone_from(&settings.microvm);
     config.cgroup = cgroup(&settings.dir);
+    config.sandbox_config = settings.sandbox.as_ref().map(|(path, _)| path.clone());
     config.runsc_sha256 = runtime.map(|runtime| runtime.sha256.clone());
     config.blobs = given.blobs.clone().unwrap_or(config.blobs);
     config.min_free_bytes = given.min_free_bytes.unwrap_or(config.min_free_bytes);
     config.snapshot_cache_bytes = given.snapshot_cache_bytes.unwrap_or(config.snapshot_cache_bytes);
+    config.image_cache_bytes = given.image_cache_bytes.unwrap_or(config.image_cache_bytes);
     config.log_max_bytes = given.log_max_bytes.unwrap_or(config.log_max_bytes);
     config.log_files = given.log_files.unwrap_or(config.log_files);
     config.concurrent_starts = given.concurrent_starts.unwrap_or(config.concurrent_starts);

@@ -88,6 +88,8 @@ pub struct Machine {
     /// Control plane client.
     pub api: ControlClient<Channel>,
     args: Vec<String>,
+    /// Of the machine and its command line.
+    environment: Vec<(String, String)>,
     child: Option<Child>,
     root: Option<tempfile::TempDir>,
     /// Disarmed when it goes.
@@ -128,6 +130,38 @@ impl Machine {
         workers: u32,
         more: &[&str],
     ) -> Result<Self> {
+        Self::start_with(dir, root, workers, more, &[]).await
+    }
+
+    /// Starts one in a given directory (kept), with more in its environment.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn start_with(
+        dir: PathBuf,
+        root: Option<tempfile::TempDir>,
+        workers: u32,
+        more: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
+        let runsc = runsc()?;
+        let more = [&["--runsc", runsc.to_str().context("runsc path")?][..], more].concat();
+        Self::start_without_runsc(dir, root, workers, &more, environment).await
+    }
+
+    /// Starts one whose runsc is what `more` says.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub async fn start_without_runsc(
+        dir: PathBuf,
+        root: Option<tempfile::TempDir>,
+        workers: u32,
+        more: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
+        let environment: Vec<(String, String)> =
+            environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let mut args: Vec<String> = [
             "up",
             "--json",
@@ -137,15 +171,13 @@ impl Machine {
             &workers.to_string(),
             "--listen",
             "127.0.0.1:0",
-            "--runsc",
-            runsc()?.to_str().context("runsc path")?,
         ]
         .map(String::from)
         .to_vec();
         args.extend(more.iter().map(ToString::to_string));
         let watchdog = watchdog(&dir, LIFETIME);
-        let (child, ingress, api) = spawn(&args, &dir).await?;
-        Ok(Self { watchdog, dir, ingress, api, args, child: Some(child), root })
+        let (child, ingress, api) = spawn(&args, &environment, &dir).await?;
+        Ok(Self { watchdog, dir, ingress, api, args, environment, child: Some(child), root })
     }
 
     /// Processes of its sandboxes (sentries), those of one worker or of all.
@@ -196,7 +228,7 @@ impl Machine {
     /// # Errors
     /// When it does not become ready.
     pub async fn restart(&mut self) -> Result<()> {
-        let (child, ingress, api) = spawn(&self.args, &self.dir).await?;
+        let (child, ingress, api) = spawn(&self.args, &self.environment, &self.dir).await?;
         self.child = Some(child);
         self.ingress = ingress;
         self.api = api;
@@ -209,6 +241,7 @@ impl Machine {
     /// When it cannot be run at all.
     pub fn cli(&self, args: &[&str]) -> Result<Output> {
         Ok(Command::new(binary("substrate")?)
+            .envs(self.environment.iter().cloned())
             .arg("--socket")
             .arg(self.dir.join("run/ateapi.sock"))
             .args(args)
@@ -504,8 +537,13 @@ pub fn processes_naming(text: &str) -> Vec<i32> {
         .collect()
 }
 
-async fn spawn(args: &[String], dir: &Path) -> Result<(Child, SocketAddr, ControlClient<Channel>)> {
+async fn spawn(
+    args: &[String],
+    environment: &[(String, String)],
+    dir: &Path,
+) -> Result<(Child, SocketAddr, ControlClient<Channel>)> {
     let mut child = Command::new(binary("substrate")?)
+        .envs(environment.iter().cloned())
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

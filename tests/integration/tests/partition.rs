@@ -139,6 +139,7 @@ impl Node {
             id: format!("w{number}"),
             pool: "default".into(),
             class: atelet::WorkerClass::Gvisor,
+            runtime: None,
         };
         let run = dir.join("run");
         let mut config =

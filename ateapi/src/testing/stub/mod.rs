@@ -238,6 +238,10 @@ impl StubNode {
         }
     }
 
+    fn of_this_session(&self, session: &str) -> Result<(), Status> {
+        if self.lock().session == session { Ok(()) } else { Err(unavailable()) }
+    }
+
     /// The node goes away: sessions end and every call fails. Its copies go on until their lease ends.
     pub fn go_down(&self) {
         let mut inner = self.lock();
@@ -422,6 +426,7 @@ impl StubNode {
                 ..Default::default()
             }),
             alive: !slot.dead,
+            restores_only: false,
         }
     }
 

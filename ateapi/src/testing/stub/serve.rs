@@ -173,9 +173,7 @@ impl NodeClient for Stub {
             restored_from: String::new(),
             ..Default::default()
         };
-        if self.0.lock().session != request.session {
-            return Err(unavailable());
-        }
+        self.0.of_this_session(&request.session)?;
         // Begun: from here on a lower generation has ended, and a release of this one ends what is under way.
         self.0.lock().begin(&assignment)?;
         self.0.stage("starts an actor").await?;
@@ -325,6 +323,7 @@ impl NodeClient for Stub {
 
     async fn release(&self, request: atelet::ReleaseRequest) -> Result<(), Status> {
         self.0.enter("release").await?;
+        self.0.of_this_session(&request.session)?;
         let assignment = request.assignment.unwrap();
         let mut freed = Vec::new();
         {

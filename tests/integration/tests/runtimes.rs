@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Runtimes by content: an update keeps what older snapshots need, a revocation stops them with a choice.
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use substrate_integration::{Machine, actor, runsc};
+use substrate_proto::ateapi::{self, ActorState};
+
+/// A runtime in a sandbox config.
+struct Runtime {
+    name: &'static str,
+    path: PathBuf,
+    sha256: String,
+}
+
+impl Runtime {
+    fn of(name: &'static str, path: PathBuf) -> Result<Self> {
+        let output = std::process::Command::new("sha256sum").arg(&path).output()?;
+        let sha256 = String::from_utf8(output.stdout)?.chars().take(64).collect();
+        Ok(Self { name, path, sha256 })
+    }
+
+    fn entry(&self) -> String {
+        let file = format!("{{ url = \"file:{}\", sha256 = \"{}\" }}", self.path.display(), self.sha256);
+        format!(
+            "[[gvisor.runtimes]]\nname = \"{}\"\nrunsc = {{ amd64 = {file}, arm64 = {file} }}\n",
+            self.name
+        )
+    }
+}
+
+fn write(path: &Path, head: &str, runtimes: &[&Runtime], tail: &str) -> Result<()> {
+    let entries: String = runtimes.iter().map(|runtime| runtime.entry()).collect();
+    Ok(std::fs::write(path, format!("{head}\n{entries}\n{tail}\n"))?)
+}
+
+async fn reset(machine: &mut Machine, name: &str) -> Result<()> {
+    let request = ateapi::ResetActorRequest { actor: Some(actor(name)), ..Default::default() };
+    machine.api.reset_actor(request).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_update_keeps_older_snapshots_and_a_revocation_stops_them_with_a_choice() -> Result<()> {
+    let root = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
+    let old = Runtime::of("old", runsc()?)?;
+    // The same program as far as it runs, another by its content.
+    let copy = root.path().join("runsc-new");
+    let mut bytes = std::fs::read(&old.path)?;
+    bytes.push(b'\n');
+    std::fs::write(&copy, bytes)?;
+    std::fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let new = Runtime::of("new", copy.clone())?;
+    let (sandbox, config) = (root.path().join("sandbox.toml"), root.path().join("substrate.toml"));
+    std::fs::write(&config, format!("sandbox_config = \"{}\"\n", sandbox.display()))?;
+    write(&sandbox, "", &[&old], "")?;
+    let dir = root.path().join("d");
+    let config = config.to_str().context("path")?.to_owned();
+    let mut machine =
+        Machine::start_without_runsc(dir.clone(), Some(root), 1, &["--config", &config], &[]).await?;
+    machine.counter("alice", |_| ()).await?;
+    let (count, nonce) = machine.count("alice").await?;
+    machine.suspend("alice").await?;
+    machine.stop()?;
+
+    // Updated: what was made with the older one is restored by it, on a worker of its own.
+    write(&sandbox, "", &[&new, &old], "")?;
+    machine.restart().await?;
+    // Fetched, it needs its source no more.
+    std::fs::remove_file(&copy)?;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    let restored = loop {
+        match machine.resume("alice").await {
+            Ok(restored) => break restored,
+            // The worker of the older one may be a moment later than the others.
+            Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    };
+    ensure!(restored.worker_id.starts_with('o'), "restored on {}", restored.worker_id);
+    ensure!(machine.count("alice").await? == (count + 1, nonce.clone()));
+    machine.suspend("alice").await?;
+
+    // Revoked while everything runs: refused, and nothing is lost.
+    let revoked = format!("[gvisor]\nrevoked = [\"{}\"]", old.sha256);
+    write(&sandbox, &revoked, &[&new, &old], "")?;
+    let refused = machine.resume("alice").await.expect_err("restored by a revoked runtime").to_string();
+    for word in ["revoked", "reset", "[[overrides]]", old.sha256.as_str()] {
+        ensure!(refused.contains(word), "{word} is missing: {refused}");
+    }
+    ensure!(machine.get("alice").await?.state() == ActorState::Suspended);
+    // An administrator lets it pass.
+    let pass = "[[overrides]]\nactors = [\"default/alice\"]\nreason = \"its memory is needed once more\"";
+    write(&sandbox, &revoked, &[&new, &old], pass)?;
+    machine.resume("alice").await?;
+    ensure!(machine.count("alice").await? == (count + 2, nonce.clone()));
+    machine.suspend("alice").await?;
+    // Or its owner gives the memory up.
+    write(&sandbox, &revoked, &[&new, &old], "")?;
+    reset(&mut machine, "alice").await?;
+    let fresh = machine.get("alice").await?;
+    ensure!(fresh.state() == ActorState::Running && fresh.worker_id == "w1", "{fresh:?}");
+    ensure!(machine.count("alice").await?.1 != nonce, "it still has its memory");
+
+    // An age stops it likewise.
+    machine.suspend("alice").await?;
+    write(&sandbox, "[gvisor]\nmax_age_days = 0", &[&new, &old], "")?;
+    let refused = machine.resume("alice").await.expect_err("restored although too old").to_string();
+    ensure!(refused.contains("days old") && refused.contains("reset"), "{refused}");
+
+    // No config names the older one any more, but snapshots do.
+    write(&sandbox, "", &[&new], "")?;
+    let cached = dir.join("node/runtimes").join(&old.sha256);
+    let aged = std::time::SystemTime::now() - Duration::from_hours(1);
+    let collect = || -> Result<String> {
+        std::fs::File::open(&cached)?.set_modified(aged)?;
+        let directory = dir.to_str().context("path")?;
+        let output = machine.cli(&["gc", "--dir", directory, "--config", &config])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    collect()?;
+    ensure!(cached.exists(), "a runtime that snapshots need was collected");
+    let delete = ateapi::DeleteActorRequest { actor: Some(actor("alice")), ..Default::default() };
+    machine.api.clone().delete_actor(delete).await?;
+    collect()?;
+    ensure!(cached.exists(), "a runtime that a worker runs was collected");
+    machine.stop()?;
+    let output = machine.cli(&["gc", "--dir", dir.to_str().context("path")?, "--config", &config])?;
+    ensure!(String::from_utf8(output.stdout)?.contains(&old.sha256) && !cached.exists(), "not collected");
+    Ok(())
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What actors write: in volumes it is bounded and outside the memory snapshot; in a gVisor root it is memory, and said.
+//!
+//! `SUBSTRATE_VOLUME_MIB` sets how much is written (scripts/nightly: 1024; here 96).
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use substrate_integration::{Machine, actor, workspace};
+use substrate_proto::ateapi::{self, ActorState};
+use substrate_proto::types;
+
+fn mebibytes() -> u64 {
+    std::env::var("SUBSTRATE_VOLUME_MIB").ok().and_then(|text| text.parse().ok()).unwrap_or(96)
+}
+
+fn shell(machine: &Machine, actor: &str, script: &str) -> Result<String> {
+    let output = machine.cli(&["exec", actor, "--", "/bin/sh", "-c", script])?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{script}: {}: {errors}", output.status);
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
+/// Bytes on the disk of the newest node snapshot: of memory and the rest of the state, and of volumes.
+fn snapshot_bytes(machine: &Machine, uid: &str) -> Result<(u64, u64)> {
+    fn files(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.is_dir() { files(&path, found)? } else { found.push(path) }
+        }
+        Ok(())
+    }
+    let of_actor = machine.dir.join("node/snapshots").join(uid);
+    let newest = std::fs::read_dir(&of_actor)?
+        .flatten()
+        .filter(|entry| entry.path().join("record.json").exists())
+        .max_by_key(|entry| entry.metadata().and_then(|meta| meta.modified()).ok())
+        .context("no node snapshot")?;
+    let mut found = Vec::new();
+    files(&newest.path(), &mut found)?;
+    let (mut state, mut volumes) = (0, 0);
+    for path in found {
+        use std::os::unix::fs::MetadataExt as _;
+        let bytes = path.metadata()?.blocks() * 512;
+        if path.components().any(|part| part.as_os_str() == "volumes") {
+            volumes += bytes;
+        } else {
+            state += bytes;
+        }
+    }
+    Ok((state, volumes))
+}
+
+/// A volume is bounded, kept across reset, and no part of the memory snapshot.
+async fn a_volume(class: &str, more: &[&str]) -> Result<()> {
+    let mut machine = Machine::start(u32::from(class == "gvisor"), more).await?;
+    machine.allow(Duration::from_mins(10));
+    let (wanted, size) = (mebibytes(), mebibytes() + 32);
+    let made = machine
+        .counter("vol", |spec| {
+            class.clone_into(&mut spec.sandbox_class);
+            spec.volumes = vec![types::Volume { name: "data".into(), size: format!("{size}MiB") }];
+            spec.resources = Some(types::Resources { memory: "512MiB".into(), ..Default::default() });
+            spec.containers[0].volume_mounts =
+                vec![types::VolumeMount { volume: "data".into(), path: "/data".into(), read_only: false }];
+        })
+        .await?;
+    machine.count("vol").await?;
+    machine.suspend("vol").await?;
+    let (before, empty) = snapshot_bytes(&machine, &made.uid)?;
+    machine.resume("vol").await?;
+    // Not compressible, not zero: it is stored.
+    shell(&machine, "vol", &format!("head -c {} /dev/urandom > /data/big && sync", wanted << 20))?;
+    let sum = shell(&machine, "vol", "sha256sum < /data/big")?;
+    machine.suspend("vol").await?;
+    let (after, full) = snapshot_bytes(&machine, &made.uid)?;
+    eprintln!("{class}: state {before} -> {after} bytes, volume {empty} -> {full} bytes on disk");
+    ensure!(full >= wanted << 20, "the volume is not in the snapshot: {full} bytes");
+    let grown = after.saturating_sub(before);
+    ensure!(grown <= (16 << 20).max(before / 10), "the state grew by {grown} bytes of {wanted} MiB written");
+    machine.resume("vol").await?;
+    ensure!(shell(&machine, "vol", "sha256sum < /data/big")? == sum, "the volume's file changed");
+    // Bounded.
+    let over = format!("head -c {} /dev/urandom > /data/more", size << 20);
+    let refused = shell(&machine, "vol", &over).expect_err("a volume outgrew its size").to_string();
+    ensure!(refused.to_lowercase().contains("no space"), "{refused}");
+    shell(&machine, "vol", "rm /data/more")?;
+    // Kept.
+    machine.suspend("vol").await?;
+    let request = ateapi::ResetActorRequest { actor: Some(actor("vol")), ..Default::default() };
+    machine.api.reset_actor(request).await?;
+    ensure!(shell(&machine, "vol", "sha256sum < /data/big")? == sum, "reset lost the volume");
+    let delete = ateapi::DeleteActorRequest { actor: Some(actor("vol")), ..Default::default() };
+    machine.api.delete_actor(delete).await?;
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    ensure!(!mounts.contains(&format!("{}/volumes", made.uid)), "the volume of a deleted actor is mounted");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_gvisor_volume_is_bounded_kept_and_outside_the_memory() -> Result<()> {
+    a_volume("gvisor", &[]).await
+}
+
+#[tokio::test]
+async fn a_microvm_volume_is_bounded_kept_and_outside_the_memory() -> Result<()> {
+    let kernel = workspace().join("target/tools/microvm");
+    ensure!(kernel.join("vmlinuz").exists(), "no kernel for guests: run scripts/setup");
+    let kernel = kernel.to_str().context("path")?;
+    a_volume("microvm", &["--microvm-workers", "1", "--kernel", kernel]).await
+}
+
+#[tokio::test]
+async fn files_in_the_memory_of_a_gvisor_actor_are_warned_of() -> Result<()> {
+    let mut machine = Machine::start(1, &[]).await?;
+    let memory = types::Resources { memory: "400MiB".into(), ..Default::default() };
+    machine.counter("grow", |spec| spec.resources = Some(memory)).await?;
+    shell(
+        &machine,
+        "grow",
+        "head -c 60000000 /dev/zero > /tmp/few; head -c 80000000 /dev/urandom > /tmp/many",
+    )?;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let message = loop {
+        let events = machine.events("grow").await?;
+        if let Some((_, message)) = events.into_iter().find(|(reason, _)| reason == "OverlayGrew") {
+            break message;
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "no warning came");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    for word in ["25 %", "400 MiB", "volume"] {
+        ensure!(message.contains(word), "{message}");
+    }
+    ensure!(machine.get("grow").await?.state() == ActorState::Running);
+    Ok(())
+}
