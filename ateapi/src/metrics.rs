@@ -39,7 +39,7 @@ pub(crate) fn events<'a>(reasons: impl IntoIterator<Item = &'a str>) {
 /// Reads what stands, for ever. The database is read beside the store: a count by an index, whatever is in it.
 pub(crate) async fn watch(engine: Arc<Engine>, database: PathBuf) {
     let mut known: BTreeMap<i64, String> =
-        State::ALL.into_iter().map(|state| (state as i64, name(state))).collect();
+        State::ALL.into_iter().map(|state| (state.to_proto() as i64, name(state))).collect();
     known.insert(-1, "unknown".to_owned());
     loop {
         match count(&database).await {

@@ -11,7 +11,8 @@
 //! The *maker* is an actor of its own kind of record ([`Kind::Golden`]), so that it has all that actors have (leases,
 //! workflows, recovery) and none of what tenants see: no list, watch, quota or verb knows it. Its uid follows from template
 //! and runtime, so that a control plane that starts anew goes on with what is there. It gets a worker only when others are
-//! left free: no wake-up waits for it. One at a time is made.
+//! left free: no wake-up waits for it. One at a time is made. Its snapshots' ids are drawn, as all are: what a second
+//! attempt stores is told from what a late message of the first is about.
 //!
 //! A new actor takes a golden snapshot as its first, as a fork takes its source's. Where it cannot be restored, the
 //! actor forgets it and boots from its image. Files and environment of one actor are not in it, so an actor that has
@@ -111,6 +112,7 @@ impl Engine {
         let goldens = lock(&self.goldens);
         let of = goldens.0.get(template).into_iter().flat_map(|(_, of)| of);
         of.map(|(runtime_digest, golden)| ateapi::Golden {
+            id: maker_uid(template, runtime_digest).0.trim_start_matches('_').to_owned(),
             runtime_digest: runtime_digest.clone(),
             state: match golden {
                 Golden { ready: Some(_), .. } => "READY",

@@ -103,7 +103,7 @@ async fn a_failure_is_told_with_its_log_and_tried_again() {
     assert!(!h.nodes[0].copy_of(uid.as_str()).unwrap().clone);
     h.delete(&uid).await.unwrap();
     let ready = status(&h, &template, "READY").await;
-    assert_eq!((failed.snapshot_id.as_str(), ready.message.as_str()), ("", ""));
+    assert_eq!((&failed.id, failed.snapshot_id.as_str(), ready.message.as_str()), (&ready.id, "", ""));
     assert!(!ready.snapshot_id.is_empty());
 }
 

@@ -102,13 +102,18 @@ async fn a_kill_of_the_agent_is_not_noticed_by_a_busy_actor() -> Result<()> {
     ensure!(after.generation == before.generation, "it was started again");
     ensure!(machine.sandboxes(None) == sandboxes, "its sandbox is another");
     let log = machine.dir.join("logs/actors/default/busy");
-    let text = std::fs::read_to_string(log.join("main.log"))?;
-    let ticks: Vec<(u64, u64)> = text
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .filter_map(|(number, time)| Some((number.parse().ok()?, time.parse().ok()?)))
-        .collect();
-    ensure!(ticks.len() > 20, "only {} lines", ticks.len());
+    let ticks = || -> Result<Vec<(u64, u64)>> {
+        let text = std::fs::read_to_string(log.join("main.log"))?;
+        let ticks = text.lines().filter_map(|line| line.split_once(' '));
+        Ok(ticks.filter_map(|(number, time)| Some((number.parse().ok()?, time.parse().ok()?))).collect())
+    };
+    let adopted = ticks()?.len();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while ticks()?.len() < adopted + 5 {
+        ensure!(tokio::time::Instant::now() < deadline, "it writes nothing more after {adopted} lines");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let ticks = ticks()?;
     let mut longest = 0;
     for pair in ticks.windows(2) {
         ensure!(pair[1].0 == pair[0].0 + 1, "lines are missing between {:?} and {:?}", pair[0], pair[1]);
