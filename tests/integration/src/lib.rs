@@ -352,19 +352,21 @@ impl Machine {
             .watch(ateapi::WatchRequest { kinds: vec!["actor".into()], ..Default::default() })
             .await?
             .into_inner();
-        tokio::time::timeout(PATIENCE, async {
+        let mut last = "never seen".to_owned();
+        let reached = tokio::time::timeout(PATIENCE, async {
             while let Some(change) = stream.message().await? {
-                if let Some(ateapi::watch_response::Change::Actor(actor)) = change.change
-                    && actor.name == name
-                    && actor.state() == state
-                {
-                    return Ok(actor);
+                let Some(ateapi::watch_response::Change::Actor(actor)) = change.change else { continue };
+                if actor.name == name {
+                    if actor.state() == state {
+                        return Ok(actor);
+                    }
+                    last = format!("{:?} {} {}", actor.state(), actor.reason, actor.message);
                 }
             }
             bail!("the watch ended")
         })
-        .await
-        .with_context(|| format!("actor {name} did not become {state:?}"))?
+        .await;
+        reached.with_context(|| format!("actor {name} did not become {state:?}, it is {last}"))?
     }
 
     /// A client of an actor through the router.
