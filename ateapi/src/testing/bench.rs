@@ -155,25 +155,13 @@ impl Plane {
         Ok(())
     }
 
-    /// Wakes the chosen at a rate: each one's time from when it was due.
-    async fn wake_paced(&self, per_second: f64) -> Result<Vec<Duration>, Failed> {
-        let begun = tokio::time::Instant::now();
-        let mut calls = Vec::new();
-        for (number, uid) in self.chosen.iter().cloned().enumerate() {
-            let due = begun + Duration::from_secs_f64(number as f64 / per_second);
+    /// Wakes the chosen at a rate: ms of each.
+    async fn wake_paced(&self, per_second: f64) -> Result<Vec<f64>, Failed> {
+        let calls = self.chosen.iter().cloned().map(|uid| {
             let engine = Arc::clone(&self.engine);
-            calls.push(tokio::spawn(async move {
-                tokio::time::sleep_until(due).await;
-                // The timer's own coarseness (1 ms) is not the control plane's.
-                let due = Instant::now();
-                wake(&engine, &uid).await.map(|()| due.elapsed())
-            }));
-        }
-        let mut took = Vec::new();
-        for call in calls {
-            took.push(call.await??);
-        }
-        Ok(took)
+            async move { wake(&engine, &uid).await }
+        });
+        Ok(paced(per_second, calls).await?.into_iter().map(|(ms, ())| ms).collect())
     }
 
     /// A page of 100 of the sleeping, from anywhere; and the choice of a worker: ms of each try.
@@ -202,6 +190,29 @@ impl Plane {
         self.engine.stop().await;
         self.store.close().await;
     }
+}
+
+/// Begins calls at a rate: how long each took, ms, from when it was due (the timer's own coarseness, 1 ms, excepted).
+async fn paced<T: Send + 'static>(
+    per_second: f64,
+    calls: impl Iterator<Item = impl Future<Output = Result<T, Failed>> + Send + 'static>,
+) -> Result<Vec<(f64, T)>, Failed> {
+    let begun = tokio::time::Instant::now();
+    let begin = |(number, call): (usize, _)| {
+        let due = begun + Duration::from_secs_f64(number as f64 / per_second);
+        tokio::spawn(async move {
+            tokio::time::sleep_until(due).await;
+            let due = Instant::now();
+            let done = call.await?;
+            Ok::<_, Failed>((due.elapsed().as_secs_f64() * 1_000.0, done))
+        })
+    };
+    let begun: Vec<_> = calls.enumerate().map(begin).collect();
+    let mut took = Vec::new();
+    for call in begun {
+        took.push(call.await??);
+    }
+    Ok(took)
 }
 
 async fn wake(engine: &Arc<Engine>, uid: &ActorUid) -> Result<(), Failed> {
@@ -239,19 +250,9 @@ impl Floor {
         let begun = Instant::now();
         let rows = std::mem::take(&mut self.rows);
         let mut writes = futures::stream::iter(rows)
-            .map(|mut row| {
+            .map(|row| {
                 let store = Arc::clone(&self.store);
-                async move {
-                    let write = async move {
-                        let puts = vec![(row.object(), Expect::Revision(row.revision))];
-                        let done = store.commit(Tx { puts, ..Tx::default() }).await;
-                        done.map(|done| {
-                            row.revision = done.puts[0];
-                            row
-                        })
-                    };
-                    tokio::spawn(write).await
-                }
+                async move { tokio::spawn(write(store, row)).await }
             })
             .buffer_unordered(writers);
         let mut rows = Vec::new();
@@ -262,6 +263,23 @@ impl Floor {
         self.rows = rows;
         Ok(begun.elapsed())
     }
+
+    /// Two durable transactions on each row, one after the other, as a wake-up has; begun at a rate: ms of each pair.
+    async fn write_pairs_paced(&mut self, per_second: f64) -> Result<Vec<f64>, Failed> {
+        let calls = std::mem::take(&mut self.rows).into_iter().map(|row| {
+            let store = Arc::clone(&self.store);
+            async move { write(Arc::clone(&store), write(store, row).await?).await }
+        });
+        let (took, rows) = paced(per_second, calls).await?.into_iter().unzip();
+        self.rows = rows;
+        Ok(took)
+    }
+}
+
+async fn write(store: SharedStore, mut row: Actor) -> Result<Actor, Failed> {
+    let puts = vec![(row.object(), Expect::Revision(row.revision))];
+    row.revision = store.commit(Tx { puts, ..Tx::default() }).await?.puts[0];
+    Ok(row)
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -319,9 +337,10 @@ pub async fn run(dir: &Path, options: Options) -> Result<serde_json::Value, Fail
         writes.push(wave as f64 / write);
     }
     let per_second = median(&wakes);
-    let mut own = Vec::new();
-    while own.len() < 2_000 {
-        own.extend(few.wake_paced(per_second / 2.0).await?.iter().map(|took| took.as_secs_f64() * 1_000.0));
+    let (mut own, mut bare) = (Vec::new(), Vec::new());
+    while own.len() < 4_000 {
+        own.extend(few.wake_paced(per_second / 2.0).await?);
+        bare.extend(floor.write_pairs_paced(per_second / 2.0).await?);
         few.put_to_sleep().await?;
     }
     let (pages, picks) = large.look(500).await?;
@@ -334,6 +353,8 @@ pub async fn run(dir: &Path, options: Options) -> Result<serde_json::Value, Fail
         "wakeups_ratio": median(&ratios),
         "own_p99_ms": quantile(&own, 0.99),
         "own_p50_ms": median(&own),
+        "own_floor_p99_ms": quantile(&bare, 0.99),
+        "own_floor_p50_ms": median(&bare),
         "cost_ratio_100k": median(&costs),
         "list_p99_ms": quantile(&pages, 0.99),
         "pick_p99_ms": quantile(&picks, 0.99),

@@ -567,7 +567,7 @@ impl Node {
 
     /// Kills an assignment on a worker and returns when it is gone: by the ateom, or by the fence.
     async fn terminate(&self, worker: &Worker, assignment: &Assignment) -> Result<(), NodeError> {
-        worker.wait_for(CLEAR, |view| view.up.is_some() || view.vacant).await;
+        worker.wait_for(CLEAR, View::is_settled).await;
         if worker.view().vacant {
             return Ok(());
         }

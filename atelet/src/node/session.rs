@@ -28,7 +28,7 @@ use tonic::{Status, Streaming};
 
 use super::{Node, answers};
 use crate::lease::{Local, Verdict, decide};
-use crate::worker::{News, View};
+use crate::worker::{News, View, Worker};
 
 /// Changes that a session may lag behind.
 const QUEUE: usize = 1024;
@@ -216,6 +216,22 @@ impl Node {
         ReceiverStream::new(stream)
     }
 
+    /// Every slot, what was lost before the session, and that this was all.
+    async fn report(&self, lost: Vec<WorkerLost>, out: &Out) -> Result<(), Status> {
+        for worker in self.workers.values() {
+            send(out, session_event::Event::Worker(Self::worker_message(worker))).await?;
+            let view = worker.view();
+            let quiet = view.assignment().is_some_and(|held| self.is_starting(held));
+            if let Some(event) = ended_event(&worker.id, &view).filter(|_| !quiet) {
+                send(out, event).await?;
+            }
+        }
+        for lost in lost {
+            send(out, session_event::Event::Lost(lost)).await?;
+        }
+        send(out, session_event::Event::Synced(SyncDone {})).await
+    }
+
     async fn run_session(
         self: &Arc<Self>,
         session: &Session,
@@ -229,22 +245,15 @@ impl Node {
         };
         tracing::info!(controller = hello.controller, "session of the control plane");
         self.call_session(hello.controller);
-        for worker in self.workers.values() {
-            send(out, session_event::Event::Worker(Self::worker_message(worker))).await?;
-            let view = worker.view();
-            let quiet = view.assignment().is_some_and(|held| self.is_starting(held));
-            if let Some(event) = ended_event(&worker.id, &view).filter(|_| !quiet) {
-                send(out, event).await?;
-            }
-        }
-        for lost in lost {
-            send(out, session_event::Event::Lost(lost)).await?;
-        }
-        send(out, session_event::Event::Synced(SyncDone {})).await?;
+        // What an adopted worker holds is known only once it has answered; until then it would be taken for lost.
+        let settled = futures::future::join_all(self.workers.values().map(Worker::settled));
+        tokio::pin!(settled);
+        let mut lost = Some(lost);
         let mut renewal = Instant::now();
         let mut events = session.events.lock().await;
         loop {
             tokio::select! {
+                _ = &mut settled, if lost.is_some() => self.report(lost.take().unwrap_or_default(), out).await?,
                 request = requests.message() => match request?.and_then(|request| request.request) {
                     Some(session_request::Request::Grant(grant)) => {
                         if let Some(after) = self.take_grant(&grant) {

@@ -206,6 +206,11 @@ pub struct Up {
 }
 
 impl View {
+    /// Whether what its slot holds is known.
+    pub fn is_settled(&self) -> bool {
+        self.up.is_some() || self.vacant
+    }
+
     /// Its phase; `EMPTY` before the first status.
     pub fn phase(&self) -> Phase {
         self.slot.as_ref().map_or(Phase::Empty, SlotStatus::phase)
@@ -280,6 +285,12 @@ impl Worker {
             return Ok((view.clone(), up.client.clone()));
         }
         Err(NodeError::WorkerDown { worker: self.id.clone(), reason: self.view().trouble })
+    }
+
+    /// Waits until what its slot holds is known: it answers, or was seen empty. A worker that cannot be fenced never is.
+    pub async fn settled(&self) {
+        // An error means that its task has ended, and with it this process.
+        let _ = self.view.clone().wait_for(View::is_settled).await;
     }
 
     /// Waits until a condition holds, at most `limit`.

@@ -245,7 +245,8 @@ pub struct Told {
     pub workers: BTreeMap<String, api::Worker>,
     pub lost: Vec<api::WorkerLost>,
     pub exited: Vec<api::Exited>,
-    pub synced: bool,
+    /// What was told of the workers when it said that this was all.
+    pub synced: Option<BTreeMap<String, api::Worker>>,
     pub grants: u64,
     pub ended: bool,
 }
@@ -296,7 +297,7 @@ impl Session {
                     }
                     session_event::Event::Lost(lost) => told.lost.push(lost),
                     session_event::Event::Exited(exited) => told.exited.push(exited),
-                    session_event::Event::Synced(_) => told.synced = true,
+                    session_event::Event::Synced(_) => told.synced = Some(told.workers.clone()),
                     session_event::Event::Lease(_) => told.grants += 1,
                     _ => {}
                 });
@@ -304,7 +305,7 @@ impl Session {
             sender.send_modify(|told| told.ended = true);
         });
         let session = Self { named, granting, told };
-        session.until("synced", |told| told.synced).await;
+        session.until("synced", |told| told.synced.is_some()).await;
         session
     }
 

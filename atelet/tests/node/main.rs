@@ -7,6 +7,7 @@ mod machine;
 use std::time::Duration;
 
 use machine::{Machine, PATIENCE, SESSION, Session, assignment};
+use nix::sys::signal::Signal;
 use substrate_proto::atelet as api;
 use substrate_proto::ateom::checkpoint_request::Mode;
 use substrate_proto::ateom::slot_status::Phase;
@@ -169,10 +170,17 @@ async fn workers_outlive_the_agent_and_are_adopted() {
     let error = atelet::stop_workers(&machine.config).await.unwrap_err().to_string();
     assert!(error.contains("w1") && error.contains("suspend or delete"), "{error}");
 
+    // One that is slow to answer is not told of as if it held nothing.
+    signal(pids.0, Signal::SIGSTOP);
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        signal(pids.0, Signal::SIGCONT);
+    });
     let mut node = machine.start(&[&first]).await;
-    let told = node.session.all_up(1).await;
-    assert_eq!(told.workers["w1"].slot.as_ref().unwrap().phase(), Phase::Running);
-    node.session.all_up(2).await;
+    let told = node.session.all_up(2).await;
+    let adopted = &told.synced.unwrap()["w1"];
+    assert!(adopted.alive, "{adopted:?}");
+    assert_eq!(adopted.slot.as_ref().unwrap().phase(), Phase::Running);
     assert_eq!(machine.pid("w1"), pids.0);
     assert_ne!(machine.pid("w2"), pids.1, "w2 was ended and must have been started anew");
     assert_eq!(node.nonce(&first).await, nonce);
@@ -184,6 +192,10 @@ async fn workers_outlive_the_agent_and_are_adopted() {
     })
     .await;
     node.stop().await;
+}
+
+fn signal(pid: i32, signal: Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
 }
 
 async fn wait_for(mut condition: impl FnMut() -> bool) {
@@ -206,7 +218,7 @@ async fn a_dead_worker_is_fenced_told_and_started_again() {
     let actors = machine.group().child("w1").child("actor-1");
     assert!(actors.is_populated().unwrap());
     let old = machine.pid("w1");
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(old), nix::sys::signal::Signal::SIGKILL).unwrap();
+    signal(old, Signal::SIGKILL);
     let told = node.session.until("the loss", |told| !told.lost.is_empty()).await;
     // Its sleep outlived its ateom; it must be gone before the loss is told.
     assert!(!actors.is_populated().unwrap(), "told before it was fenced");
