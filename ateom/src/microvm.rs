@@ -4,9 +4,9 @@
 //! ```text
 //! prepare    nothing that costs: the hardware follows from the actor
 //! boot       memory, disks ─▶ VMM ─▶ agent: hello ─▶ boot (clock, entropy, containers) ─▶ link up
-//! restore    memory copied ‖ VMM started ─▶ devices ─▶ processors go on, the workload stands still
+//! restore    VMM started on the snapshot's memory ─▶ devices ─▶ processors go on, the workload stands still
 //!            ─▶ resume (clock, entropy, identity; then the workload) ─▶ link up
-//! checkpoint workload stands still ─▶ processors stop ─▶ devices, memory saved ─▶ fsync   [─▶ all goes on]
+//! checkpoint workload stands still ─▶ processors stop ─▶ devices, written memory [─▶ all goes on] ─▶ the rest, fsync
 //! ```
 //! The slot does the rest as for gVisor: names, leases (its freezer stops the VMM's process), gate, egress, readiness.
 //! The link (a tap) lies in the worker's namespace and comes up last, so nothing passes before clock, entropy and
@@ -46,7 +46,7 @@ pub mod vmm;
 
 use agent::Agent;
 use spec::Layout;
-use vmm::{Home, Kernel, Vm, Vmm};
+use vmm::{Home, Kernel, Saved, Vm, Vmm};
 
 /// The class's name on the wire.
 pub const CLASS: &str = "microvm";
@@ -150,7 +150,9 @@ impl Microvm {
         let initramfs_digest = hex::encode(Sha256::digest(&content));
         let initramfs = directory.join("initramfs");
         std::fs::write(&initramfs, content).map_err(file_error("write", &initramfs))?;
-        let vmm = qemu::Qemu::new(qemu, digest, Kernel { image, initramfs })?;
+        let preload = directory.join("private.so");
+        std::fs::write(&preload, qemu::PRELOAD).map_err(file_error("write", &preload))?;
+        let vmm = qemu::Qemu::new(qemu, digest, Kernel { image, initramfs }, preload)?;
         let capabilities = vmm.capabilities();
         let mut facts: BTreeMap<String, String> = capabilities.restore_requires.clone();
         for (name, value) in
@@ -389,10 +391,11 @@ impl MicrovmSandbox {
         &self,
         running: &Running,
         directory: &Path,
+        keep_running: bool,
         steps: &Steps,
-    ) -> Result<Vec<SnapshotFile>, RuntimeError> {
+    ) -> Result<Saved, RuntimeError> {
         steps.time("stop", running.vm.pause()).await?;
-        running.vm.snapshot(directory, steps).await
+        running.vm.snapshot(directory, keep_running, steps).await
     }
 
     /// After a failed checkpoint: lets the actor go on, and says whether it does.
@@ -456,8 +459,8 @@ impl Sandbox for MicrovmSandbox {
         if let Err(error) = steps.time("quiesce", running.with_agent(agent.quiesce(TURN_LIMIT))).await {
             return Err(self.go_on(running, error).await);
         }
-        let files = match self.save(running, directory, steps).await {
-            Ok(files) => files,
+        let Saved { files, rest } = match self.save(running, directory, keep_running, steps).await {
+            Ok(saved) => saved,
             Err(error) => return Err(self.go_on(running, error).await),
         };
         if keep_running {
@@ -468,7 +471,15 @@ impl Sandbox for MicrovmSandbox {
         }
         let place = directory.to_owned();
         let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
-        let durable = steps.time("fsync", blocking(move || fsync(&place, &names))).await;
+        let copy = || async {
+            let Some(rest) = rest else { return Ok(()) };
+            let copied = steps.time("rest", blocking(move || rest.copy())).await;
+            copied.map(drop).map_err(file_error("copy memory into", directory))
+        };
+        let durable = match copy().await {
+            Ok(()) => steps.time("fsync", blocking(move || fsync(&place, &names))).await,
+            Err(error) => Err(error),
+        };
         match durable {
             Ok(()) => Ok(files),
             Err(error) if keep_running => Err(RuntimeError::CheckpointRefused(error.to_string())),

@@ -462,3 +462,33 @@ impl Reader {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a guest that says this is answered with.
+    async fn greeting(version: u32) -> Result<(), RuntimeError> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let agent = Agent::new(ours, false, Vec::new(), Vec::new());
+        let frame = Frame::control(&FromGuest::Hello { version }).unwrap();
+        theirs.write_all(&[&frame.header()[..], &frame.payload].concat()).await.unwrap();
+        agent.greeted(Duration::from_secs(5)).await
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_another_protocol_is_refused_by_its_version() {
+        greeting(VERSION).await.unwrap();
+        let older = greeting(VERSION - 1).await.unwrap_err().to_string();
+        assert!(older.contains(&format!("version {} of its protocol", VERSION - 1)), "{older}");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_talks_nonsense_is_lost_not_believed() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let agent = Agent::new(ours, true, Vec::new(), Vec::new());
+        theirs.write_all(&[9; HEADER]).await.unwrap();
+        let lost = agent.resume(Renewal::default(), Duration::from_secs(5)).await.unwrap_err().to_string();
+        assert!(lost.contains("agent is gone"), "{lost}");
+    }
+}

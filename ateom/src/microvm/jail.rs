@@ -16,7 +16,7 @@ use nix::sched::CloneFlags;
 use nix::sys::resource::{Resource, setrlimit};
 
 /// First argument of the program; then network namespace, directory, program, the number of files, each as "r" or "w"
-/// before its path, and the program's arguments.
+/// before its path, the number of environment variables, each as "K=V", and the program's arguments.
 pub const ARGUMENT: &str = "vmm";
 /// The descriptor of the link that the VMM gets.
 pub const TAP: i32 = 3;
@@ -25,12 +25,14 @@ pub const TAP: i32 = 3;
 /// accident.
 pub const FILES: i32 = 200;
 
-/// The command line for a program in a jail, which finds `files` (whether writable, and where) open from [`FILES`] on.
+/// The command line for a program in a jail, which finds `files` (whether writable, and where) open from [`FILES`] on and
+/// has no environment but this.
 pub fn command(
     network_namespace: &Path,
     directory: &Path,
     program: &Path,
     files: &[(bool, PathBuf)],
+    environment: &[(&str, String)],
     args: Vec<String>,
 ) -> Vec<String> {
     let path = |path: &Path| path.display().to_string();
@@ -45,6 +47,8 @@ pub fn command(
     argv.extend(
         files.iter().map(|(write, file)| format!("{}{}", if *write { "w" } else { "r" }, path(file))),
     );
+    argv.push(environment.len().to_string());
+    argv.extend(environment.iter().map(|(name, value)| format!("{name}={value}")));
     argv.extend(args);
     argv
 }
@@ -77,8 +81,15 @@ pub fn enter(mut args: impl Iterator<Item = String>) -> anyhow::Result<()> {
         let fd = fd.with_context(|| format!("cannot hand {path} on"))?;
         anyhow::ensure!(fd == FILES + number, "descriptor {} is taken", FILES + number);
     }
+    let count = args.next().context("no number of environment variables")?;
+    let mut environment = Vec::new();
+    for _ in 0..count.parse().with_context(|| format!("{count:?} is not a number of variables"))? {
+        let variable = args.next().context("fewer variables than announced")?;
+        let (name, value) = variable.split_once('=').context("a variable without a value")?;
+        environment.push((name.to_owned(), value.to_owned()));
+    }
     let null = File::open("/dev/null").context("cannot open /dev/null")?;
     anyhow::ensure!(null.as_raw_fd() != TAP, "descriptor {TAP} is taken");
-    let error = Command::new(&program).args(args).env_clear().stdin(null).exec();
+    let error = Command::new(&program).args(args).env_clear().envs(environment).stdin(null).exec();
     Err(error).with_context(|| format!("cannot execute {program}"))
 }

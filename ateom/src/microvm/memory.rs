@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest's memory as a file: copies that leave out holes and zeros, and the file system in memory where it is live.
+//! A guest's memory as a file: copies that leave out holes and zeros, the file system in memory where it is live, and
+//! what a machine that maps a file privately has written.
+//!
+//! **Private memory.** A page that was written through a private mapping of a file is the process's own: anonymous, or
+//! swapped. `/proc/PID/pagemap` says so of each page without any help of the kernel's build or of the VMM
+//! (Documentation/admin-guide/mm/pagemap.rst: bits 61 to 63), and `/proc/PID/mem` reads it. So what a machine has
+//! written since it was restored is known at the moment it stands still, and is all that has to be copied before it
+//! goes on ([`Private::copy_dirty`]); the other pages are those of the file, which nobody changes ([`Rest`]).
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -41,11 +49,17 @@ pub fn create(path: &Path, bytes: u64) -> io::Result<File> {
 }
 
 /// Copies the data of a file of `size` bytes to a new one of the same size on `threads` threads; returns how many
-/// bytes were written. Pages of zeros and holes become holes.
+/// bytes were written. Pages of zeros, holes and the pages of `except` become holes.
 ///
 /// # Errors
 /// A read or write that failed; the file's being shorter than `size` is one.
-pub fn copy_sparse(from: &File, to: &File, size: u64, threads: usize) -> io::Result<u64> {
+pub fn copy_sparse(
+    from: &File,
+    to: &File,
+    size: u64,
+    except: Option<&Pages>,
+    threads: usize,
+) -> io::Result<u64> {
     if from.metadata()?.len() < size {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -68,11 +82,14 @@ pub fn copy_sparse(from: &File, to: &File, size: u64, threads: usize) -> io::Res
             let bytes = &mut buffer[..(end - at) as usize];
             from.read_exact_at(bytes, at)?;
             let mut rest = &bytes[..];
+            let left_out = |at: u64, grain: &[u8]| {
+                is_zero(grain) || except.is_some_and(|pages| pages.contains(at / GRAIN as u64))
+            };
             while !rest.is_empty() {
-                let zeros = grains(rest, true);
-                at += zeros as u64;
-                rest = &rest[zeros..];
-                let data = grains(rest, false);
+                let holes = grains(rest, at, true, left_out);
+                at += holes as u64;
+                rest = &rest[holes..];
+                let data = grains(rest, at, false, left_out);
                 to.write_all_at(&rest[..data], at)?;
                 written.fetch_add(data as u64, Ordering::Relaxed);
                 at += data as u64;
@@ -80,6 +97,12 @@ pub fn copy_sparse(from: &File, to: &File, size: u64, threads: usize) -> io::Res
             }
         }
     };
+    on_threads(threads, &work)?;
+    Ok(written.into_inner())
+}
+
+/// Does the same work on several threads, which share it out among themselves.
+fn on_threads(threads: usize, work: &(impl Fn() -> io::Result<()> + Sync)) -> io::Result<()> {
     std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();
         let mut result = work();
@@ -88,17 +111,192 @@ pub fn copy_sparse(from: &File, to: &File, size: u64, threads: usize) -> io::Res
             result = result.and(ended);
         }
         result
-    })?;
-    Ok(written.into_inner())
+    })
 }
 
-/// Bytes of the leading grains that are all zero, or are not.
-fn grains(bytes: &[u8], zero: bool) -> usize {
-    let is_zero = |grain: &[u8]| {
-        // Compared with itself one further: memcmp is as fast as memory is.
-        grain[0] == 0 && grain[..grain.len() - 1] == grain[1..]
-    };
-    bytes.chunks(GRAIN).take_while(|grain| is_zero(grain) == zero).map(<[u8]>::len).sum()
+fn is_zero(grain: &[u8]) -> bool {
+    // Compared with itself one further: memcmp is as fast as memory is.
+    grain[0] == 0 && grain[..grain.len() - 1] == grain[1..]
+}
+
+/// Bytes of the leading grains, the first of which is at `at`, that are all left out, or are not.
+fn grains(bytes: &[u8], at: u64, wanted: bool, left_out: impl Fn(u64, &[u8]) -> bool) -> usize {
+    let grains = (0_u64..).step_by(GRAIN).zip(bytes.chunks(GRAIN));
+    grains
+        .take_while(|(offset, grain)| left_out(at + offset, grain) == wanted)
+        .map(|(_, grain)| grain.len())
+        .sum()
+}
+
+/// Threads that copying may use.
+pub fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get().min(4))
+}
+
+/// A set of pages.
+#[derive(Debug, Clone, Default)]
+pub struct Pages(Vec<u64>);
+
+impl Pages {
+    fn insert(&mut self, page: u64) {
+        let word = (page / 64) as usize;
+        if word >= self.0.len() {
+            self.0.resize(word + 1, 0);
+        }
+        self.0[word] |= 1 << (page % 64);
+    }
+
+    fn contains(&self, page: u64) -> bool {
+        self.0.get((page / 64) as usize).is_some_and(|word| word & (1 << (page % 64)) != 0)
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(|word| u64::from(word.count_ones())).sum::<u64>() * GRAIN as u64
+    }
+}
+
+/// A stretch of a file in a process's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stretch {
+    address: u64,
+    offset: u64,
+    length: u64,
+}
+
+/// The private mappings of a file in `/proc/PID/maps`.
+fn stretches(maps: &str, inode: u64) -> io::Result<Vec<Stretch>> {
+    let mut found = Vec::new();
+    for line in maps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(range), Some(access), Some(offset), Some(_), Some(own)) =
+            (words.next(), words.next(), words.next(), words.next(), words.next())
+        else {
+            continue;
+        };
+        if own.parse() != Ok(inode) {
+            continue;
+        }
+        if !access.ends_with('p') {
+            return Err(io::Error::other("it maps the file shared, and would write to it"));
+        }
+        let hex = |text: &str| u64::from_str_radix(text, 16).map_err(io::Error::other);
+        let (start, end) = range.split_once('-').ok_or(io::ErrorKind::InvalidData)?;
+        let address = hex(start)?;
+        found.push(Stretch { address, offset: hex(offset)?, length: hex(end)? - address });
+    }
+    Ok(found)
+}
+
+/// A process that maps a file privately as a guest's memory.
+#[derive(Debug, Clone)]
+pub struct Private {
+    pid: i32,
+    base: Arc<File>,
+    size: u64,
+    stretches: Vec<Stretch>,
+}
+
+/// Swapped or present, and neither of a file nor shared.
+fn is_own(entry: u64) -> bool {
+    entry >> 62 & 1 == 1 || entry >> 61 & 0b101 == 0b100
+}
+
+impl Private {
+    /// Finds the mapping.
+    ///
+    /// # Errors
+    /// When the process does not map all of it, or not privately.
+    pub fn find(pid: i32, base: File, size: u64) -> io::Result<Self> {
+        use std::os::unix::fs::MetadataExt as _;
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let stretches = stretches(&maps, base.metadata()?.ino())?;
+        let mapped: u64 = stretches.iter().map(|stretch| stretch.length).sum();
+        if mapped != size {
+            return Err(io::Error::other(format!("it maps {mapped} of {size} bytes")));
+        }
+        Ok(Self { pid, base: Arc::new(base), size, stretches })
+    }
+
+    /// Copies what the process has written to a file, which is as long as the memory, and says which pages that is.
+    ///
+    /// # Errors
+    /// A read or write that failed.
+    pub fn copy_dirty(&self, to: &File, threads: usize) -> io::Result<Pages> {
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
+        let memory = File::open(format!("/proc/{}/mem", self.pid))?;
+        let mut pages = Pages::default();
+        // Address in the process, offset in the file, bytes.
+        let mut pieces: Vec<(u64, u64, u64)> = Vec::new();
+        let mut entries = vec![0; PIECE as usize / GRAIN * 8];
+        for stretch in &self.stretches {
+            for start in (0..stretch.length).step_by(PIECE as usize) {
+                let length = PIECE.min(stretch.length - start);
+                let entries = &mut entries[..length as usize / GRAIN * 8];
+                pagemap.read_exact_at(entries, (stretch.address + start) / GRAIN as u64 * 8)?;
+                for (at, entry) in (start..).step_by(GRAIN).zip(entries.chunks_exact(8)) {
+                    if !is_own(u64::from_ne_bytes(entry.try_into().unwrap_or_default())) {
+                        continue;
+                    }
+                    let (address, offset) = (stretch.address + at, stretch.offset + at);
+                    pages.insert(offset / GRAIN as u64);
+                    match pieces.last_mut() {
+                        Some((from, _, length)) if *from + *length == address && *length < PIECE => {
+                            *length += GRAIN as u64;
+                        }
+                        _ => pieces.push((address, offset, GRAIN as u64)),
+                    }
+                }
+            }
+        }
+        let next = AtomicUsize::new(0);
+        let work = || -> io::Result<()> {
+            let mut buffer = vec![0; PIECE as usize];
+            while let Some((address, offset, length)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let bytes = &mut buffer[..*length as usize];
+                memory.read_exact_at(bytes, *address)?;
+                let mut at = 0;
+                while at < bytes.len() {
+                    at += grains(&bytes[at..], 0, true, |_, grain| is_zero(grain));
+                    let data = grains(&bytes[at..], 0, false, |_, grain| is_zero(grain));
+                    to.write_all_at(&bytes[at..at + data], offset + at as u64)?;
+                    at += data;
+                }
+            }
+            Ok(())
+        };
+        on_threads(threads, &work)?;
+        Ok(pages)
+    }
+
+    /// What is left to be copied once these pages are.
+    pub fn rest(&self, dirty: Pages, to: File) -> Rest {
+        Rest { from: Arc::clone(&self.base), except: dirty, to, size: self.size }
+    }
+}
+
+/// What is still to be copied into a snapshot's memory, from a file that nobody changes meanwhile.
+#[derive(Debug)]
+pub struct Rest {
+    from: Arc<File>,
+    except: Pages,
+    to: File,
+    size: u64,
+}
+
+impl Rest {
+    /// All of a file.
+    pub fn of(from: File, to: File, size: u64) -> Self {
+        Self { from: Arc::new(from), except: Pages::default(), to, size }
+    }
+
+    /// Copies it; returns how many bytes were written.
+    ///
+    /// # Errors
+    /// A read or write that failed.
+    pub fn copy(&self) -> io::Result<u64> {
+        copy_sparse(&self.from, &self.to, self.size, Some(&self.except), threads())
+    }
 }
 
 #[cfg(test)]
@@ -119,7 +317,7 @@ mod tests {
         from.write_all_at(&vec![0; 1 << 20], 2 * PIECE).unwrap();
         let to = tempfile::tempfile().unwrap();
         to.set_len(size).unwrap();
-        let written = copy_sparse(&from, &to, size, 3).unwrap();
+        let written = copy_sparse(&from, &to, size, None, 3).unwrap();
         assert_eq!(written, 4 * 4096, "pages with data, the first of which holds two bytes");
         let read = |file: &File| {
             let mut bytes = vec![0; size as usize];
@@ -134,6 +332,45 @@ mod tests {
     fn a_truncated_file_is_an_error() {
         let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         from.set_len(PIECE).unwrap();
-        assert_eq!(copy_sparse(&from, &to, PIECE + 1, 2).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(
+            copy_sparse(&from, &to, PIECE + 1, None, 2).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
+    }
+    #[test]
+    fn pages_that_were_written_meanwhile_are_not_overwritten() {
+        let size = 64 * GRAIN as u64;
+        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        from.write_all_at(&vec![1; size as usize], 0).unwrap();
+        to.set_len(size).unwrap();
+        let mut except = Pages::default();
+        for page in [0, 7, 8, 63] {
+            except.insert(page);
+        }
+        // Page 7 became zeros: a hole, which has to stay one.
+        to.write_all_at(&[2; GRAIN], 8 * GRAIN as u64).unwrap();
+        assert_eq!(except.bytes(), 4 * GRAIN as u64);
+        let rest = Rest { from: Arc::new(from), except, to, size };
+        assert_eq!(rest.copy().unwrap(), 60 * GRAIN as u64);
+        let page = |number: u64| {
+            let mut bytes = [9; GRAIN];
+            rest.to.read_exact_at(&mut bytes, number * GRAIN as u64).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+            bytes[0]
+        };
+        assert_eq!([0, 1, 6, 7, 8, 9, 62, 63].map(page), [0, 1, 1, 0, 2, 1, 1, 0]);
+    }
+
+    #[test]
+    fn mappings_are_read_and_shared_ones_refused() {
+        let maps = "7f0000000000-7f0000200000 rw-p 00000000 fe:00 42 /s/memory\n\
+                    7f0000200000-7f0000201000 rw-p 00000000 00:00 0\n\
+                    7f0000300000-7f0000400000 rw-p 00200000 fe:00 42 /s/memory (deleted)\n";
+        let found = stretches(maps, 42).unwrap();
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[1], Stretch { address: 0x7f00_0030_0000, offset: 0x20_0000, length: 0x10_0000 });
+        let shared = maps.replace("rw-p 00200000", "rw-s 00200000");
+        assert!(stretches(&shared, 42).unwrap_err().to_string().contains("shared"));
+        assert!(is_own(1 << 63) && is_own(1 << 62) && !is_own(1 << 63 | 1 << 61) && !is_own(0));
     }
 }

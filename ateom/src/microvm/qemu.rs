@@ -3,12 +3,14 @@
 //!
 //! ```text
 //! boot      memory file (tmpfs, shared) → start ─▶ QMP and agent connect to us → running
-//! snapshot  [stopped] migrate → device file ─▶ memory file copied without its holes
-//! restore   memory file ◀─ copy ‖ start, waiting ─▶ migrate-incoming ◀─ device file → [stopped]
+//! snapshot  [stopped] migrate → device file ─▶ written pages copied [─▶ goes on] ─▶ the rest copied
+//! restore   start on the snapshot's memory file, waiting ─▶ migrate-incoming ◀─ device file → [stopped]
 //! ```
 //! **Memory** is a file that QEMU maps shared, so a snapshot's stream holds devices only (`x-ignore-shared`) and a stop
-//! costs milliseconds at any size. A machine that is restored runs on a copy of its own: mapped privately, it would put
-//! all its memory into the stream of the next snapshot.
+//! costs milliseconds at any size. A machine that is restored maps the snapshot's own file privately: it copies nothing,
+//! and clones share the page cache. QEMU would then put all its memory into the stream of the next snapshot, so it is
+//! made to believe that the mapping is shared ([`PRELOAD`], `preload/private.rs`); that it is not is looked at before a
+//! guest instruction runs. What it has written is found as `memory` says.
 //!
 //! **TCG** is what works everywhere. The flags were measured: no VM ports, SMBus, SATA, USB; a small translation cache;
 //! a named processor with a fixed set of features; the HPET as clock source. The machine type is a versioned one.
@@ -19,6 +21,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,10 +33,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 
 use super::jail;
-use super::memory;
+use super::memory::{self, Private, Rest};
 use super::qmp::{Qmp, QmpError};
 use super::spec::Machine;
-use super::vmm::{Capabilities, Home, Kernel, Vm, Vmm};
+use super::vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm};
 use crate::cgroup::blocking;
 use crate::launcher::Streams;
 use crate::microvm::MicrovmError;
@@ -48,6 +51,12 @@ const CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long saving or loading devices may take.
 const DEVICE_LIMIT: Duration = Duration::from_mins(1);
+/// What is preloaded into a QEMU that restores; see build.rs.
+pub const PRELOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/private.so"));
+/// By which it finds the memory file.
+const PRIVATE: &str = "ATEOM_PRIVATE_MEMORY";
+/// Devices that every machine has beside its disks, as the guest sees them.
+const DEVICE_LIST: &str = "virtio-serial-pci virtserialport virtio-balloon-pci virtio-net-pci";
 /// Name of the memory file in a snapshot.
 pub const MEMORY: &str = "memory";
 /// Name of the devices' file in a snapshot.
@@ -65,15 +74,21 @@ pub struct Qemu {
     binary: PathBuf,
     machine: String,
     kernel: Kernel,
+    preload: PathBuf,
     capabilities: Capabilities,
 }
 
 impl Qemu {
-    /// Looks at a binary. Runs it: call before children are reaped elsewhere.
+    /// Looks at a binary; `preload` is where [`PRELOAD`] is. Runs it: call before children are reaped elsewhere.
     ///
     /// # Errors
     /// [`MicrovmError`] naming what it lacks.
-    pub fn new(binary: &Path, digest: String, kernel: Kernel) -> Result<Self, MicrovmError> {
+    pub fn new(
+        binary: &Path,
+        digest: String,
+        kernel: Kernel,
+        preload: PathBuf,
+    ) -> Result<Self, MicrovmError> {
         let ask = |args: &[&str]| {
             let output = std::process::Command::new(binary)
                 .args(args)
@@ -112,7 +127,7 @@ impl Qemu {
         let machines = ask(&["-machine", "help"])?;
         let machine =
             versioned_machine(&machines).ok_or_else(|| unsuitable("has no q35 machine".to_owned()))?;
-        let requires = [("accel", "tcg"), ("machine", &machine), ("cpu", CPU)];
+        let requires = [("accel", "tcg"), ("machine", &machine), ("cpu", CPU), ("devices", DEVICE_LIST)];
         let capabilities = Capabilities {
             name: "qemu",
             version,
@@ -127,12 +142,11 @@ impl Qemu {
             // Emulated: nothing of the host's shows.
             cpu_features: Vec::new(),
         };
-        Ok(Self { binary: binary.to_owned(), machine, kernel, capabilities })
+        Ok(Self { binary: binary.to_owned(), machine, kernel, preload, capabilities })
     }
 
     /// The command line. The same for a boot and a restore but for the last words.
-    fn arguments(&self, home: &Home, machine: &Machine, incoming: bool) -> Vec<String> {
-        let memory = home.memory.join(MEMORY);
+    fn arguments(&self, home: &Home, machine: &Machine, memory: &Path, incoming: bool) -> Vec<String> {
         let mac = ACTOR_MAC.map(|byte| format!("{byte:02x}")).join(":");
         let mut args: Vec<String> = [
             "-nodefaults",
@@ -212,15 +226,30 @@ impl Qemu {
         args
     }
 
-    async fn start(&self, home: Home, machine: &Machine, incoming: bool) -> Result<QemuVm, RuntimeError> {
+    /// Starts it, on the memory of a snapshot where one is given.
+    async fn start(
+        &self,
+        home: Home,
+        machine: &Machine,
+        saved: Option<(&Path, File)>,
+    ) -> Result<QemuVm, RuntimeError> {
+        let live = home.memory.join(MEMORY);
+        let memory = saved.as_ref().map_or(live.as_path(), |(path, _)| path);
         let (qmp, agent) = (listen(&home.directory, "qmp.sock")?, listen(&home.directory, "agent.sock")?);
         let log = home.directory.join("vmm.log");
         let file = File::create(&log).map_err(file_error("create", &log))?;
-        let args = self.arguments(&home, machine, incoming);
+        let args = self.arguments(&home, machine, memory, saved.is_some());
+        let mut environment = Vec::new();
+        if let Some((path, file)) = &saved {
+            let meta = file.metadata().map_err(file_error("look at", path))?;
+            environment.push(("LD_PRELOAD", self.preload.display().to_string()));
+            environment.push((PRIVATE, format!("{}:{}", meta.dev(), meta.ino())));
+        }
         let writable = machine.disks.iter().filter(|disk| !disk.read_only);
         let files: Vec<(bool, PathBuf)> =
             writable.flat_map(|disk| FILE_MODES.map(|write| (write, disk.path.clone()))).collect();
-        let argv = jail::command(&home.network_namespace, &home.directory, &self.binary, &files, args);
+        let argv =
+            jail::command(&home.network_namespace, &home.directory, &self.binary, &files, &environment, args);
         let mut streams = Streams::output(file.into()).map_err(file_error("open", Path::new("/dev/null")))?;
         streams.stdin = home.tap;
         let mut job = home.launcher.spawn(argv, streams, false).await?;
@@ -241,6 +270,7 @@ impl Qemu {
         });
         let connect = async {
             let (qmp, agent) = tokio::try_join!(accept(&qmp), accept(&agent))?;
+            let pid = qmp.peer_cred().ok().and_then(|peer| peer.pid());
             let mut qmp = Qmp::new(qmp).await.map_err(RuntimeError::from)?;
             let capabilities =
                 ["events", "x-ignore-shared"].map(|name| json!({"capability": name, "state": true}));
@@ -251,9 +281,9 @@ impl Qemu {
             qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1_u64 << 40}))
                 .await
                 .map_err(RuntimeError::from)?;
-            Ok::<_, RuntimeError>((qmp, agent))
+            Ok::<_, RuntimeError>((qmp, agent, pid))
         };
-        let (qmp, agent) = tokio::select! {
+        let (qmp, agent, pid) = tokio::select! {
             biased;
             connected = tokio::time::timeout(START_LIMIT, connect) => match connected {
                 // It says why when it is dead.
@@ -266,11 +296,26 @@ impl Qemu {
             },
             why = end_of(died.clone()) => return Err(RuntimeError::Failed(format!("QEMU did not start: {why}"))),
         };
+        let memory = match saved {
+            None => Memory::Live(live),
+            Some((path, file)) => {
+                let found = pid
+                    .ok_or_else(|| io::Error::other("its process is not known"))
+                    .and_then(|pid| Private::find(pid, file, machine.memory));
+                Memory::Private(found.map_err(|error| {
+                    RuntimeError::Failed(format!(
+                        "QEMU cannot run on {} without changing it: {error}; is {} a QEMU that loads shared libraries?",
+                        path.display(),
+                        self.binary.display()
+                    ))
+                })?)
+            }
+        };
         Ok(QemuVm {
             qmp: tokio::sync::Mutex::new(qmp),
             agent: Mutex::new(Some(agent)),
             died,
-            memory: home.memory.join(MEMORY),
+            memory,
             size: machine.memory,
         })
     }
@@ -350,7 +395,7 @@ impl Vmm for Qemu {
     async fn boot(&self, home: Home, machine: &Machine, steps: &Steps) -> Result<Box<dyn Vm>, RuntimeError> {
         let path = home.memory.join(MEMORY);
         memory::create(&path, machine.memory).map_err(file_error("create", &path))?;
-        let vm = steps.time("vmm_start", self.start(home, machine, false)).await?;
+        let vm = steps.time("vmm_start", self.start(home, machine, None)).await?;
         Ok(Box::new(vm))
     }
 
@@ -361,34 +406,31 @@ impl Vmm for Qemu {
         directory: &Path,
         steps: &Steps,
     ) -> Result<Box<dyn Vm>, RuntimeError> {
-        let (from, to) = (directory.join(MEMORY), home.memory.join(MEMORY));
+        let path = directory.join(MEMORY);
         let devices = directory.join(DEVICES);
         let devices = File::open(&devices).map_err(file_error("open", &devices))?;
-        let size = machine.memory;
-        // There before QEMU is: it would make a file of its own.
-        let working = memory::create(&to, size).map_err(file_error("create", &to))?;
-        let copy = blocking(move || {
-            let saved = File::open(&from).map_err(file_error("open", &from))?;
-            let length = saved.metadata().map_err(file_error("look at", &from))?.len();
-            if length != size {
-                return Err(RuntimeError::Failed(format!(
-                    "{} has {length} bytes, the machine has {size} of memory: the snapshot is damaged",
-                    from.display()
-                )));
-            }
-            memory::copy_sparse(&saved, &working, size, threads()).map_err(file_error("copy", &from))
-        });
-        let (vm, _) = tokio::try_join!(
-            steps.time("vmm_start", self.start(home, machine, true)),
-            steps.time("memory", copy)
-        )?;
+        let saved = File::open(&path).map_err(file_error("open", &path))?;
+        let length = saved.metadata().map_err(file_error("look at", &path))?.len();
+        if length != machine.memory {
+            return Err(RuntimeError::Failed(format!(
+                "{} has {length} bytes, the machine has {} of memory: the snapshot is damaged",
+                path.display(),
+                machine.memory
+            )));
+        }
+        let vm = steps.time("vmm_start", self.start(home, machine, Some((&path, saved)))).await?;
         steps.time("devices", vm.load(devices.into())).await?;
         Ok(Box::new(vm))
     }
 }
 
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |count| count.get().min(4))
+/// Where a machine's memory is.
+#[derive(Debug)]
+enum Memory {
+    /// In a file of its own.
+    Live(PathBuf),
+    /// In a snapshot's file, but for what it has written.
+    Private(Private),
 }
 
 /// A machine.
@@ -397,7 +439,7 @@ struct QemuVm {
     qmp: tokio::sync::Mutex<Qmp>,
     agent: Mutex<Option<UnixStream>>,
     died: watch::Receiver<Option<String>>,
-    memory: PathBuf,
+    memory: Memory,
     size: u64,
 }
 
@@ -474,25 +516,47 @@ impl Vm for QemuVm {
         })
     }
 
-    async fn snapshot(&self, directory: &Path, steps: &Steps) -> Result<Vec<SnapshotFile>, RuntimeError> {
+    async fn snapshot(
+        &self,
+        directory: &Path,
+        keep_running: bool,
+        steps: &Steps,
+    ) -> Result<Saved, RuntimeError> {
         let path = directory.join(DEVICES);
         let before = Instant::now();
         let devices = memory::create(&path, 0).map_err(file_error("create", &path))?;
         let kept = devices.try_clone().map_err(file_error("open", &path))?;
         self.save(devices.into()).await?;
         steps.add("devices", before);
-        let (from, to, size) = (self.memory.clone(), directory.join(MEMORY), self.size);
-        let copy = blocking(move || -> io::Result<u64> {
-            let live = File::open(&from)?;
-            let saved = memory::create(&to, size)?;
-            memory::copy_sparse(&live, &saved, size, threads())
-        });
-        steps.time("memory", copy).await.map_err(file_error("copy", &self.memory))?;
+        let to = directory.join(MEMORY);
+        let saved = memory::create(&to, self.size).map_err(file_error("create", &to))?;
+        let size = self.size;
+        let rest = match &self.memory {
+            Memory::Live(path) => {
+                let live = File::open(path).map_err(file_error("open", path))?;
+                let rest = Rest::of(live, saved, size);
+                if keep_running {
+                    // It writes to the file as soon as it goes on.
+                    let copy = blocking(move || rest.copy());
+                    steps.time("memory", copy).await.map_err(file_error("copy memory to", &to))?;
+                    None
+                } else {
+                    Some(rest)
+                }
+            }
+            Memory::Private(private) => {
+                let private = private.clone();
+                let copy = blocking(move || {
+                    let dirty = private.copy_dirty(&saved, memory::threads())?;
+                    tracing::debug!(bytes = dirty.bytes(), "copied what the guest has written");
+                    Ok::<_, io::Error>(private.rest(dirty, saved))
+                });
+                Some(steps.time("memory", copy).await.map_err(file_error("copy memory to", &to))?)
+            }
+        };
         let length = kept.metadata().map_err(file_error("look at", &path))?.len();
-        Ok(vec![
-            SnapshotFile { name: DEVICES.to_owned(), size: length, memory: false },
-            SnapshotFile { name: MEMORY.to_owned(), size: self.size, memory: true },
-        ])
+        let file = |name: &str, size, memory| SnapshotFile { name: name.to_owned(), size, memory };
+        Ok(Saved { files: vec![file(DEVICES, length, false), file(MEMORY, size, true)], rest })
     }
 
     async fn died(&self) -> String {
@@ -525,10 +589,11 @@ mod tests {
             let path = dir.path().join("qemu");
             std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-            Qemu::new(&path, "d".into(), kernel.clone()).unwrap_err().to_string()
+            Qemu::new(&path, "d".into(), kernel.clone(), "/p".into()).unwrap_err().to_string()
         };
-        let missing =
-            Qemu::new(&dir.path().join("none"), "d".into(), kernel.clone()).unwrap_err().to_string();
+        let missing = Qemu::new(&dir.path().join("none"), "d".into(), kernel.clone(), "/p".into())
+            .unwrap_err()
+            .to_string();
         assert!(missing.contains("none") && missing.contains("scripts/setup"), "{missing}");
         let old = script("echo 'QEMU emulator version 6.2.0'");
         assert!(old.contains("6.2.0") && old.contains("7.2 or newer"), "{old}");

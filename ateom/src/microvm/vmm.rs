@@ -13,6 +13,7 @@ use substrate_proto::ateom::SnapshotFile;
 use tokio::net::UnixStream;
 
 use crate::launcher::Launcher;
+use crate::microvm::memory::Rest;
 use crate::microvm::spec::Machine;
 use crate::runtime::{RuntimeError, Steps};
 
@@ -80,6 +81,15 @@ pub trait Vmm: std::fmt::Debug + Send + Sync + 'static {
     ) -> Result<Box<dyn Vm>, RuntimeError>;
 }
 
+/// What a snapshot is made of.
+#[derive(Debug)]
+pub struct Saved {
+    /// All of it.
+    pub files: Vec<SnapshotFile>,
+    /// What is still to be copied into it.
+    pub rest: Option<Rest>,
+}
+
 /// A machine.
 #[async_trait]
 pub trait Vm: std::fmt::Debug + Send + Sync + 'static {
@@ -92,8 +102,14 @@ pub trait Vm: std::fmt::Debug + Send + Sync + 'static {
     /// Lets them go on.
     async fn resume(&self) -> Result<(), RuntimeError>;
 
-    /// Saves a machine that stands still into an empty directory. Not fsynced.
-    async fn snapshot(&self, directory: &Path, steps: &Steps) -> Result<Vec<SnapshotFile>, RuntimeError>;
+    /// Saves a machine that stands still into an empty directory. Not fsynced. What can wait until it goes on, or is
+    /// dead, is in the answer; with `keep_running` it will go on before that is copied.
+    async fn snapshot(
+        &self,
+        directory: &Path,
+        keep_running: bool,
+        steps: &Steps,
+    ) -> Result<Saved, RuntimeError>;
 
     /// Returns, with a reason for people, when the machine is gone.
     async fn died(&self) -> String;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Real workers for the tests: the built `ateom-gvisor`, the pinned runsc, the counter image.
+//! Real workers for the tests: the built `ateom-gvisor` and `ateom-microvm`, the pinned runsc, the distribution's QEMU,
+//! the counter image.
 #![allow(dead_code, missing_docs)]
 
 use std::io::{Read as _, Write as _};
@@ -70,6 +71,41 @@ pub fn rootfs() -> &'static Path {
     })
 }
 
+/// The counter image as the read-only disk of microVMs, with its digest beside it.
+pub fn erofs() -> &'static Path {
+    static EROFS: OnceLock<PathBuf> = OnceLock::new();
+    EROFS.get_or_init(|| {
+        let rootfs = rootfs();
+        let image = rootfs.with_extension("erofs");
+        let digest = PathBuf::from(format!("{}.sha256", image.display()));
+        if digest.exists() {
+            return image;
+        }
+        let dir = tempfile::tempdir_in(rootfs.parent().unwrap()).unwrap();
+        let made = dir.path().join("image");
+        let status = Command::new("mkfs.erofs").arg("--quiet").args([&made, rootfs]).status();
+        assert!(status.expect("mkfs.erofs: run scripts/setup").success());
+        let output = Command::new("sha256sum").arg(&made).output().unwrap();
+        std::fs::rename(&made, &image).unwrap();
+        std::fs::write(&digest, &output.stdout[..64]).unwrap();
+        image
+    })
+}
+
+/// The distribution's QEMU.
+pub fn qemu() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("qemu-system-x86_64")).find(|p| p.exists());
+    found.expect("no qemu-system-x86_64: run scripts/setup")
+}
+
+/// The guests' kernel.
+pub fn kernel() -> PathBuf {
+    let path = workspace().join("target/tools/microvm");
+    assert!(path.join("vmlinuz").exists(), "no kernel at {}: run scripts/setup", path.display());
+    path
+}
+
 pub fn boottime_in(seconds: f64) -> i64 {
     ateom::boottime_ns() + (seconds * 1e9) as i64
 }
@@ -90,14 +126,37 @@ impl Worker {
 
     /// Starts one with a state directory that may have had another before.
     pub async fn start_in(name: &str, dir: tempfile::TempDir) -> Self {
+        let program = Path::new(env!("CARGO_BIN_EXE_ateom-gvisor"));
+        Self::start_program(name, dir, program, &[("--runsc", runsc())]).await
+    }
+
+    /// Starts one of the microVM class.
+    pub async fn start_microvm(name: &str) -> Self {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "these tests make namespaces and cgroups: run them as root"
+        );
+        let program = Path::new(env!("CARGO_BIN_EXE_ateom-microvm"));
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_program(name, dir, program, &[("--qemu", qemu()), ("--kernel", kernel())]).await
+    }
+
+    async fn start_program(
+        name: &str,
+        dir: tempfile::TempDir,
+        program: &Path,
+        more: &[(&str, PathBuf)],
+    ) -> Self {
         let id = format!("t{}-{name}", std::process::id());
         let cgroup_name = format!("substrate-test/{id}");
         let cgroup = Cgroup::at(&Hierarchy::detect().unwrap(), &cgroup_name);
         let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.path().join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ateom-gvisor"));
+        let mut command = Command::new(program);
+        for (option, path) in more {
+            command.arg(option).arg(path);
+        }
         command
-            .args(["--worker-id", &id, "--pool", "test", "--cgroup", &cgroup_name, "--runsc"])
-            .arg(runsc())
+            .args(["--worker-id", &id, "--pool", "test", "--cgroup", &cgroup_name])
             .arg("--state-dir")
             .arg(dir.path().join("state"))
             .arg("--run-dir")
@@ -179,6 +238,14 @@ impl Worker {
             ingress_port: 8080,
             ..SandboxSpec::default()
         }
+    }
+
+    /// The counter in a microVM.
+    pub fn guest(&self) -> SandboxSpec {
+        let mut spec = self.counter();
+        spec.containers[0].rootfs = erofs().display().to_string();
+        spec.memory_bytes = 192 << 20;
+        spec
     }
 
     /// The counter with another program.

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What an actor may rely on whatever its sandbox class: one story, told by each class on a real machine.
+//! What an actor may rely on whatever its sandbox class: the same stories, told by each class on a real machine.
 //!
 //! gVisor and QEMU run always. cloud-hypervisor and Firecracker have no backend yet.
-use std::path::Path;
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use substrate_integration::{Machine, PATIENCE, processes_naming, workspace};
+use substrate_integration::{Machine, PATIENCE, actor, binary, processes_naming, workspace};
 use substrate_proto::ateapi::{self, ActorState};
 use substrate_proto::types::{self, TemplateSpec};
 
@@ -75,6 +78,131 @@ fn shell(machine: &Machine, actor: &str, container: &str, script: &str) -> Resul
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
+/// A container that holds 10 MB of noise and tells its sum to who connects.
+const NOISE: &str = "
+import hashlib, os, socket
+noise = os.urandom(10 << 20)
+listener = socket.create_server(('127.0.0.1', 9000))
+print('side is up', flush=True)
+while True:
+    with listener.accept()[0] as asking:
+        asking.sendall(hashlib.sha256(noise).hexdigest().encode())
+";
+/// Asks it.
+const ASK: &str = "python3 -S -c \"
+import socket, time
+for attempt in range(200):
+    try:
+        print(socket.create_connection(('127.0.0.1', 9000)).recv(64, socket.MSG_WAITALL).decode())
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.05)
+\"";
+
+/// How far a sandbox's clock is off at least, seconds: half the time of asking is not known.
+fn clock_error(machine: &Machine, actor: &str) -> Result<f64> {
+    const SAY: &str = "import sys, time\nwhile sys.stdin.readline(): print(time.time_ns(), flush=True)";
+    let mut child = Command::new(binary("substrate")?)
+        .arg("--socket")
+        .arg(machine.dir.join("run/ateapi.sock"))
+        .args(["exec", "-i", actor, "--", "/usr/bin/python3", "-S", "-c", SAY])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut input = child.stdin.take().context("stdin")?;
+    let mut output = BufReader::new(child.stdout.take().context("stdout")?);
+    let now = || Ok::<_, anyhow::Error>(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64());
+    let mut least = f64::INFINITY;
+    for _ in 0..20 {
+        let before = now()?;
+        input.write_all(b"\n")?;
+        let mut line = String::new();
+        ensure!(output.read_line(&mut line)? > 0, "the exec ended");
+        let after = now()?;
+        let there: f64 = line.trim().parse::<f64>()? / 1e9;
+        least = least.min(((there - f64::midpoint(before, after)).abs() - (after - before) / 2.0).max(0.0));
+    }
+    drop(input);
+    child.wait()?;
+    Ok(least)
+}
+
+/// What a machine has of the system's, to be gone after its end: control groups, and its network namespaces, each with a
+/// process that is in it (a namespace's number is given out again).
+#[derive(Debug, Default)]
+struct Possessions {
+    groups: BTreeSet<PathBuf>,
+    namespaces: BTreeSet<PathBuf>,
+    inhabitants: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Possessions {
+    fn of(machine: &Machine) -> Self {
+        let groups = |pid: &str| -> Vec<PathBuf> {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            let paths = text.lines().filter_map(|line| {
+                let mut parts = line.splitn(3, ':').skip(1);
+                let (names, path) = (parts.next()?, parts.next()?.trim_start_matches('/'));
+                let hierarchy = match names {
+                    "" => ["unified", ""].into_iter().find(|dir| {
+                        Path::new("/sys/fs/cgroup").join(dir).join("cgroup.controllers").exists()
+                    })?,
+                    _ => names.trim_start_matches("name="),
+                };
+                Some(Path::new("/sys/fs/cgroup").join(hierarchy).join(path))
+            });
+            paths.collect()
+        };
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        let (mut all, own) = (Self::default(), groups("self"));
+        for pid in processes_naming(&machine.dir.to_string_lossy()) {
+            all.groups.extend(groups(&pid.to_string()).into_iter().filter(|group| !own.contains(group)));
+            all.namespaces.extend(namespace(&pid.to_string()));
+        }
+        all.namespaces.remove(&namespace("self").unwrap_or_default());
+        for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let link = process.path().join("ns/net");
+            if let Some(inside) = std::fs::read_link(&link).ok().filter(|ns| all.namespaces.contains(ns)) {
+                all.inhabitants.push((link, inside));
+            }
+        }
+        all
+    }
+
+    /// Nothing of a machine that was stopped is left: processes, mounts, control groups, namespaces with their taps,
+    /// links in our own, sandboxes' files.
+    fn gone(&self, machine: &Machine) -> Result<()> {
+        ensure!(!self.groups.is_empty() && !self.namespaces.is_empty(), "nothing was looked at: {self:?}");
+        let left = processes_naming(&machine.dir.to_string_lossy());
+        ensure!(left.is_empty(), "processes are left: {left:?}");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let left: Vec<&str> = mounts
+            .lines()
+            .filter(|line| {
+                let mut words = line.split(' ').skip(3);
+                let (root, point) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+                Path::new(point).starts_with(&machine.dir) || self.namespaces.contains(Path::new(root))
+            })
+            .collect();
+        ensure!(left.is_empty(), "mounts are left: {left:?}");
+        let left: Vec<&PathBuf> = self.groups.iter().filter(|group| group.exists()).collect();
+        ensure!(left.is_empty(), "control groups are left: {left:?}");
+        let still =
+            |(link, inside): &&(PathBuf, PathBuf)| std::fs::read_link(link).is_ok_and(|ns| ns == *inside);
+        let left: Vec<_> = self.inhabitants.iter().filter(still).collect();
+        ensure!(left.is_empty(), "network namespaces are left: {left:?}");
+        let links = std::fs::read_dir("/sys/class/net")?.flatten().map(|link| link.file_name());
+        let left: Vec<_> = links.filter(|name| name.as_encoded_bytes().starts_with(b"wk")).collect();
+        ensure!(left.is_empty(), "links are left: {left:?}");
+        for worker in std::fs::read_dir(machine.dir.join("node/workers"))?.flatten() {
+            let sandboxes = worker.path().join("state/sandboxes");
+            let left: Vec<_> = std::fs::read_dir(&sandboxes).into_iter().flatten().flatten().collect();
+            ensure!(left.is_empty(), "files of sandboxes are left: {left:?}");
+        }
+        Ok(())
+    }
+}
+
 /// Memory, files, connections, clock and identity over suspends, and what is inside a sandbox.
 async fn one_life(class: &Class) -> Result<()> {
     let mut machine = class.machine(2).await?;
@@ -88,7 +216,7 @@ async fn one_life(class: &Class) -> Result<()> {
                 Some(types::SecurityContext { run_as: "1000:1000".into(), ..Default::default() });
             let mut side = main.clone();
             side.name = "side".into();
-            side.command = ["/bin/sh", "-c", "echo side is up; exec sleep 1000000"].map(str::to_owned).into();
+            side.command = ["/usr/bin/python3", "-S", "-c", NOISE].map(str::to_owned).into();
             side.readiness = None;
             side.ports.clear();
             side.read_only_root = true;
@@ -117,6 +245,8 @@ async fn one_life(class: &Class) -> Result<()> {
     ensure!(shell(&machine, "life", "main", "cat /run/ate/name /run/ate/generation")? == "life1", "identity");
     ensure!(shell(&machine, "life", "main", "cat /etc/hostname")? == "life");
     let sum = shell(&machine, "life", "main", "sha256sum /tmp/blob")?;
+    let noise = shell(&machine, "life", "main", ASK)?;
+    ensure!(noise.len() == 64, "the other container's memory: {noise:?}");
 
     // Exit codes, of programs that are not there too, and standard input to its end.
     let code = |args: &[&str]| -> Result<Option<i32>> {
@@ -141,9 +271,9 @@ async fn one_life(class: &Class) -> Result<()> {
     ensure!(!seen.is_empty());
 
     // Clock, identity, files and volume after the last of them.
-    let there: i64 = shell(&machine, "life", "main", "date +%s")?.parse()?;
-    let here = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs() as i64;
-    ensure!((here - there).abs() <= 2, "the clock is {} s behind", here - there);
+    let error = clock_error(&machine, "life")?;
+    ensure!(error <= 0.005, "the clock is off by {:.1} ms at least", error * 1e3);
+    ensure!(shell(&machine, "life", "main", ASK)? == noise, "the other container's memory changed");
     ensure!(shell(&machine, "life", "main", "cat /run/ate/generation")? == "4", "identity was not renewed");
     ensure!(shell(&machine, "life", "main", "sha256sum /tmp/blob")? == sum, "the root's files changed");
     ensure!(shell(&machine, "life", "side", "cat /data/file")? == "kept");
@@ -195,19 +325,82 @@ async fn deaths(class: &Class) -> Result<()> {
     let (again, same) = machine.count("cat").await?;
     ensure!((again, &same) == (next, &nonce), "{next}, {nonce} → {again}, {same}");
     // Nothing stays behind.
+    let possessions = Possessions::of(&machine);
     let deleted = machine.cli(&["delete", "actor", "cat"])?;
     ensure!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
     machine.stop()?;
-    let own = machine.dir.to_string_lossy().into_owned();
-    ensure!(processes_naming(&own).is_empty(), "processes are left");
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let sandboxes = machine.dir.join("node/workers");
-    let left: Vec<&str> = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .filter(|point| Path::new(point).starts_with(&sandboxes))
-        .collect();
-    ensure!(left.is_empty(), "mounts are left: {left:?}");
+    possessions.gone(&machine)
+}
+
+/// Golden snapshots, forks and pauses. Each clone has entropy of its own at its first look, before any traffic.
+async fn clones(class: &Class, count: usize) -> Result<()> {
+    let mut machine = class.machine(2).await?;
+    let look = if class.name == "gvisor" {
+        "head -c 16 /dev/urandom | od -An -tx1 > /tmp/first"
+    } else {
+        "cat /proc/sys/kernel/random/uuid > /tmp/first"
+    };
+    class
+        .counter(&mut machine, "origin", |spec| {
+            spec.golden = true;
+            spec.hooks = Some(types::Hooks {
+                after_restore: Some(types::Hook {
+                    command: ["/bin/sh", "-c", look].map(str::to_owned).into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            });
+        })
+        .await?;
+    // The maker takes a worker while another is free.
+    let asked = ateapi::GetTemplateRequest { atespace: "default".into(), name: "origin-template".into() };
+    let until = tokio::time::Instant::now() + PATIENCE * 2;
+    loop {
+        let template = machine.api.get_template(asked.clone()).await?.into_inner();
+        if template.golden.iter().any(|golden| golden.state == "READY") {
+            break;
+        }
+        ensure!(tokio::time::Instant::now() < until, "no golden snapshot: {:?}", template.golden);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (mut seen, mut nonces) = (BTreeSet::new(), BTreeSet::new());
+    for number in 0..count {
+        let name = format!("clone{number}");
+        let create = ateapi::CreateActorRequest {
+            atespace: "default".into(),
+            name: name.clone(),
+            spec: Some(types::ActorSpec { template: "origin-template".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        machine.api.create_actor(create).await?;
+        let (counted, nonce) = machine.count(&name).await?;
+        ensure!(counted == 1, "{name} counted {counted}");
+        seen.insert(shell(&machine, &name, "main", "cat /tmp/first")?);
+        nonces.insert(nonce);
+        let delete = ateapi::DeleteActorRequest { actor: Some(actor(&name)), ..Default::default() };
+        machine.api.delete_actor(delete).await?;
+    }
+    ensure!(nonces.len() == 1, "not all are clones of one memory: {nonces:?}");
+    ensure!(seen.len() == count, "{} different of {count}: {seen:?}", seen.len());
+
+    // A fork goes on by itself, the origin too; a pause keeps the memory on the node.
+    let (count, nonce) = machine.count("origin").await?;
+    machine.suspend("origin").await?;
+    let fork = ateapi::ForkActorRequest {
+        actor: Some(actor("origin")),
+        new_name: "fork".into(),
+        ..Default::default()
+    };
+    machine.api.fork_actor(fork).await?;
+    for _ in 0..2 {
+        machine.count("fork").await?;
+    }
+    ensure!(machine.count("origin").await? == (count + 1, nonce.clone()), "a fork changed its origin");
+    ensure!(machine.count("fork").await? == (count + 3, nonce.clone()));
+    let pause = ateapi::PauseActorRequest { actor: Some(actor("fork")), ..Default::default() };
+    let paused = machine.api.pause_actor(pause).await?.into_inner();
+    ensure!(paused.snapshot.context("no snapshot")?.durability() == types::Durability::Node);
+    ensure!(machine.count("fork").await? == (count + 4, nonce), "a pause lost something");
     Ok(())
 }
 
@@ -234,4 +427,88 @@ async fn a_microvm_actor_lives_as_every_class_does() -> Result<()> {
 #[tokio::test]
 async fn a_microvm_actor_loses_nothing_by_deaths() -> Result<()> {
     within(PATIENCE * 6, deaths(&MICROVM)).await
+}
+
+#[tokio::test]
+async fn gvisor_clones_are_alike_but_for_their_entropy() -> Result<()> {
+    within(PATIENCE * 4, clones(&GVISOR, 5)).await
+}
+
+#[tokio::test]
+async fn microvm_clones_are_alike_but_for_their_entropy() -> Result<()> {
+    within(PATIENCE * 6, clones(&MICROVM, 20)).await
+}
+
+/// What goes wrong inside a guest or with its machine monitor: said, and nothing is lost.
+#[tokio::test]
+async fn a_microvms_misfortunes_are_said_and_cost_nothing_that_was_saved() -> Result<()> {
+    within(PATIENCE * 6, misfortunes()).await
+}
+
+async fn misfortunes() -> Result<()> {
+    let mut machine = MICROVM.machine(1).await?;
+    // An image without the command.
+    let missing = |spec: &mut TemplateSpec| spec.containers[0].command = vec!["/no/such/program".into()];
+    let refused = MICROVM.counter(&mut machine, "none", missing).await.expect_err("it runs");
+    ensure!(format!("{refused:#}").contains("/no/such/program"), "{refused:#}");
+    machine.cli(&["delete", "actor", "none"])?;
+
+    let root = |spec: &mut TemplateSpec| {
+        spec.containers[0].security_context =
+            Some(types::SecurityContext { run_as: "0".into(), ..Default::default() });
+    };
+    MICROVM.counter(&mut machine, "ill", root).await?;
+    let (count, nonce) = machine.count("ill").await?;
+    machine.suspend("ill").await?;
+    machine.resume("ill").await?;
+    // Out of memory: the guest's kernel ends who took it.
+    let hungry = machine.cli(&["exec", "ill", "--", "/usr/bin/python3", "-S", "-c", "b'x' * (1 << 30)"])?;
+    ensure!(matches!(hungry.status.code(), Some(137 | 1)), "{hungry:?}");
+    let (next, same) = machine.count("ill").await?;
+    ensure!((next, &same) == (count + 1, &nonce), "the actor went down with it");
+    // The kernel panics, as it does when its first process, the agent, ends.
+    machine.cli(&["exec", "ill", "--", "/bin/sh", "-c", "echo c > /proc/sysrq-trigger"])?;
+    machine.wait_for("ill", ActorState::Suspended).await?;
+    let events = machine.events("ill").await?;
+    ensure!(events.iter().any(|(_, message)| message.contains("Kernel panic")), "{events:?}");
+    ensure!(machine.count("ill").await? == (count + 1, nonce.clone()), "not what was saved");
+    machine.suspend("ill").await?;
+    machine.stop()?;
+
+    // Another QEMU, by its content: refused, and the actor is where it was.
+    let dir = machine.dir.clone();
+    let copy = dir.join("qemu");
+    let path = std::env::var_os("PATH").context("PATH")?;
+    let qemu =
+        std::env::split_paths(&path).map(|dir| dir.join("qemu-system-x86_64")).find(|path| path.exists());
+    let mut bytes = std::fs::read(qemu.context("no QEMU: run scripts/setup")?)?;
+    bytes.push(b'\n');
+    std::fs::write(&copy, bytes)?;
+    std::fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let kernel = workspace().join("target/tools/microvm");
+    let (copy, kernel) = (copy.to_str().context("path")?, kernel.to_str().context("path")?);
+    let more = ["--microvm-workers", "1", "--kernel", kernel, "--qemu", copy];
+    let mut other = Machine::start_in(dir, None, 0, &more).await?;
+    let until = tokio::time::Instant::now() + PATIENCE;
+    while !other
+        .api
+        .list_workers(ateapi::ListWorkersRequest {})
+        .await?
+        .into_inner()
+        .workers
+        .iter()
+        .any(|w| w.alive)
+    {
+        ensure!(tokio::time::Instant::now() < until, "no worker came up");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let refused = other.resume("ill").await.expect_err("restored by another QEMU").to_string();
+    eprintln!("another QEMU: {refused}");
+    ensure!(refused.contains("runtime"), "{refused}");
+    ensure!(other.get("ill").await?.state() == ActorState::Suspended);
+    // A verb leads on: a fresh boot, or the QEMU that it was.
+    other.stop()?;
+    machine.restart().await?;
+    ensure!(machine.count("ill").await? == (count + 2, nonce), "not what was saved");
+    machine.stop()
 }

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Snapshots of microVMs on a real QEMU: shared by clones, refused where anything of the machine differs or is damaged.
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use common::{Worker, sh};
+use substrate_proto::ateom::checkpoint_request::Mode;
+use substrate_proto::ateom::slot_status::Phase;
+use substrate_proto::ateom::*;
+use substrate_proto::types::Compatibility;
+
+fn steps(steps: &[StepTime]) -> String {
+    steps.iter().map(|s| format!("{}={:.1}", s.name, s.micros as f64 / 1000.0)).collect::<Vec<_>>().join(" ")
+}
+
+fn step_ms(steps: &[StepTime], name: &str) -> f64 {
+    steps.iter().filter(|s| s.name == name).map(|s| s.micros as f64 / 1000.0).sum()
+}
+
+/// Pids of the worker's QEMUs.
+fn machines(worker: &Worker) -> Vec<i32> {
+    let name = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    worker.cgroup.processes().unwrap().into_iter().filter(|pid| name(pid).starts_with("qemu")).collect()
+}
+
+/// What of a file's mapping a process has in memory, KiB: all of it, its proportional share, and its own pages.
+fn resident(pid: i32, file: &Path) -> (u64, u64, u64) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut here, mut found) = (false, (0, 0, 0));
+    for line in text.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (first, second) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        if first.contains('-') {
+            here = line.ends_with(&file.display().to_string());
+        }
+        let value = || second.parse::<u64>().unwrap();
+        match first {
+            "Rss:" if here => found.0 += value(),
+            "Pss:" if here => found.1 += value(),
+            "Anonymous:" if here => found.2 += value(),
+            _ => {}
+        }
+    }
+    found
+}
+
+fn sum(file: &Path) -> Vec<u8> {
+    std::process::Command::new("sha256sum").arg(file).output().unwrap().stdout[..64].to_vec()
+}
+
+/// A copy of a snapshot with another memory file.
+fn damaged(image: &Path, to: &Path, change: impl FnOnce(&std::fs::File)) -> PathBuf {
+    std::fs::create_dir(to).unwrap();
+    for name in ["devices", "memory"] {
+        std::fs::copy(image.join(name), to.join(name)).unwrap();
+    }
+    change(&std::fs::File::options().write(true).open(to.join("memory")).unwrap());
+    to.to_owned()
+}
+
+type Change = (&'static str, fn(&mut Compatibility));
+
+/// One for each field that a restore depends on.
+const CHANGES: [Change; 13] = [
+    ("sandbox_class", |needed| needed.sandbox_class = "gvisor".into()),
+    ("runtime_digest", |needed| needed.runtime_digest = "0".repeat(64)),
+    ("architecture", |needed| needed.architecture = "arm64".into()),
+    ("cpu_features", |needed| needed.cpu_features.push("avx512f".into())),
+    ("facts.vmm", |needed| drop(needed.facts.insert("vmm".into(), "firecracker".into()))),
+    ("facts.machine", |needed| drop(needed.facts.insert("machine".into(), "pc-q35-6.2".into()))),
+    ("facts.kernel", |needed| drop(needed.facts.insert("kernel".into(), "0".repeat(64)))),
+    ("facts.initramfs", |needed| drop(needed.facts.insert("initramfs".into(), "0".repeat(64)))),
+    ("facts.cpu", |needed| drop(needed.facts.insert("cpu".into(), "host".into()))),
+    ("facts.devices", |needed| drop(needed.facts.insert("devices".into(), "virtio-rng-pci".into()))),
+    ("facts.disks", |needed| drop(needed.facts.insert("disks".into(), "image0 image1".into()))),
+    ("facts.memory_mib", |needed| drop(needed.facts.insert("memory_mib".into(), "4096".into()))),
+    ("facts.rootfs.counter", |needed| drop(needed.facts.insert("rootfs.counter".into(), "0".repeat(64)))),
+];
+
+#[tokio::test]
+async fn a_snapshot_is_shared_by_clones_and_refused_by_other_machines() {
+    let mut first = Worker::start_microvm("vm-a").await;
+    let mut second = Worker::start_microvm("vm-b").await;
+    let who = first.assignment("alice", 1);
+    let before = Instant::now();
+    let booted = first.run(&who, first.guest()).await.unwrap();
+    println!("boot {:.1} ms: {}", before.elapsed().as_secs_f64() * 1e3, steps(&booted.steps));
+    let (_, nonce) = first.count(&who);
+    let image = first.dir.path().join("image");
+    let saved = first.checkpoint(&who, &image, Mode::Stop).await.unwrap();
+    println!("suspend: {}", steps(&saved.steps));
+    assert_eq!(
+        saved.files.iter().map(|f| (f.name.as_str(), f.memory)).collect::<Vec<_>>(),
+        [("devices", false), ("memory", true)]
+    );
+    let compatibility = saved.compatibility.unwrap();
+    let memory = image.join("memory");
+    let saved_sum = sum(&memory);
+    let allocated = {
+        use std::os::unix::fs::MetadataExt as _;
+        std::fs::metadata(&memory).unwrap().blocks() / 2
+    };
+    first.wait_phase(Phase::Empty).await;
+
+    // Each field by itself: refused by its name, before any machine is started.
+    let mut generation = 1;
+    for (field, change) in CHANGES {
+        generation += 1;
+        let who = first.assignment("alice", generation);
+        let mut needed = compatibility.clone();
+        change(&mut needed);
+        let spec = first.guest();
+        let refused = first.restore(&who, spec, &image, &needed).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition, "{field}: {refused}");
+        assert!(refused.message().contains(field), "{field}: {refused}");
+        assert!(machines(&first).is_empty(), "{field}: a machine was started");
+        assert_eq!(first.status().await.phase(), Phase::Empty, "{field}");
+    }
+    // Another shape of the actor itself.
+    let mut larger = first.guest();
+    larger.memory_bytes *= 2;
+    let who = first.assignment("alice", 50);
+    let refused = first.restore(&who, larger, &image, &compatibility).await.unwrap_err();
+    assert!(refused.message().contains("memory_mib"), "{refused}");
+
+    // Damaged files: said, and the slot goes on.
+    let short = damaged(&image, &first.dir.path().join("short"), |file| file.set_len(1 << 20).unwrap());
+    let who = first.assignment("alice", 51);
+    let spec = first.guest();
+    let refused = first.restore(&who, spec, &short, &compatibility).await.unwrap_err();
+    assert!(refused.message().contains("damaged"), "{refused}");
+    first.wait_prepared().await;
+    let mute = damaged(&image, &first.dir.path().join("mute"), |_| ());
+    std::fs::write(mute.join("devices"), b"QEVM and no more").unwrap();
+    let who = first.assignment("alice", 52);
+    let spec = first.guest();
+    let refused = first.restore(&who, spec, &mute, &compatibility).await.unwrap_err();
+    assert!(refused.message().contains("load of migration failed"), "{refused}");
+    first.wait_prepared().await;
+
+    // Two clones at once share the file's pages, and neither writes to it.
+    second.wait_prepared().await;
+    let (one, two) = (first.assignment("alice", 60), second.assignment("bob", 1));
+    let (spec_one, spec_two) = (first.guest(), second.guest());
+    let restored = first.restore(&one, spec_one, &image, &compatibility).await.unwrap();
+    println!("restore: {}", steps(&restored.steps));
+    let restored = second.restore(&two, spec_two, &image, &compatibility).await.unwrap();
+    println!("restore of a second: {}", steps(&restored.steps));
+    assert_eq!(first.count(&one), (2, nonce.clone()));
+    assert_eq!(second.count(&two), (2, nonce.clone()));
+    assert_eq!(second.count(&two), (3, nonce.clone()));
+    let of_second = resident(machines(&second)[0], &memory);
+    println!(
+        "touched {allocated} KiB; second clone: resident {} KiB, PSS {} KiB, own {} KiB",
+        of_second.0, of_second.1, of_second.2
+    );
+    assert!(of_second.0 > 0, "it does not map the snapshot's file");
+    assert!(of_second.2 * 10 <= allocated * 3, "the second clone adds {} of {allocated} KiB", of_second.2);
+    assert_eq!(sum(&memory), saved_sum, "a clone wrote to the snapshot");
+
+    // A checkpoint of a running clone copies what it has written, while it stands still, and the rest afterwards.
+    let next = second.dir.path().join("next");
+    let kept = second.checkpoint(&two, &next, Mode::KeepRunning).await.unwrap();
+    println!("checkpoint, kept running: {}", steps(&kept.steps));
+    assert_eq!(second.count(&two), (4, nonce.clone()));
+    let fill = "head -c 32000000 /dev/urandom > /tmp/fill";
+    assert_eq!(second.exec(&two, sh(fill), b"").await.0, 0);
+    let filled = second.dir.path().join("filled");
+    let kept = second.checkpoint(&two, &filled, Mode::KeepRunning).await.unwrap();
+    let per_10_mb = step_ms(&kept.steps, "memory") / 3.2;
+    println!("with 32 MB written: {}; {per_10_mb:.1} ms per 10 MB", steps(&kept.steps));
+    let (code, written, _) = second.exec(&two, sh("sha256sum < /tmp/fill"), b"").await;
+    assert_eq!(code, 0);
+
+    // Both snapshots are whole: the second is restored where the first clone was.
+    first.terminate(&one).await.unwrap();
+    first.wait_prepared().await;
+    let compatibility = kept.compatibility.unwrap();
+    let one = first.assignment("alice", 61);
+    let spec = first.guest();
+    first.restore(&one, spec, &filled, &compatibility).await.unwrap();
+    assert_eq!(first.exec(&one, sh("sha256sum < /tmp/fill"), b"").await.1, written);
+    assert_eq!(first.count(&one), (5, nonce.clone()));
+    first.terminate(&one).await.unwrap();
+    first.wait_prepared().await;
+    let one = first.assignment("alice", 62);
+    let spec = first.guest();
+    first.restore(&one, spec, &next, &compatibility).await.unwrap();
+    assert_eq!(first.count(&one), (4, nonce));
+    first.terminate(&one).await.unwrap();
+    second.terminate(&two).await.unwrap();
+    first.shutdown().await;
+    second.shutdown().await;
+}
