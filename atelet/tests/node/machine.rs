@@ -106,7 +106,7 @@ impl Machine {
             // What was killed may take a moment to let go of its locks.
             let error = outcome.expect_err("the node agent ended at once").to_string();
             assert!(
-                error.contains("lock") && begun.elapsed() < PATIENCE,
+                (error.contains("lock") || error.contains("in use")) && begun.elapsed() < PATIENCE,
                 "the node agent did not come up: {error}"
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
