@@ -39,7 +39,7 @@ pub const KEYS: [&str; 22] = [
     "template_ready_timeout_secs",
 ];
 /// Every key of its table `supervisor`.
-pub const SUPERVISOR_KEYS: [&str; 14] = [
+pub const SUPERVISOR_KEYS: [&str; 15] = [
     "best_effort",
     "gateway_ca_path",
     "gateway_cert_path",
@@ -51,6 +51,7 @@ pub const SUPERVISOR_KEYS: [&str; 14] = [
     "path",
     "sandbox_gid",
     "sandbox_uid",
+    "settings_poll_secs",
     "shim_path",
     "store",
     "telemetry",
@@ -158,6 +159,8 @@ pub struct Supervisor {
     pub best_effort: bool,
     /// Let it send telemetry.
     pub telemetry: bool,
+    /// How often it asks the gateway for settings and policy, in seconds, where that is not its own 10.
+    pub settings_poll_secs: Option<u32>,
     /// PEM file of the authorities of the gateway's certificate; needed with an `https` endpoint.
     pub gateway_ca_path: Option<PathBuf>,
     /// PEM file of the certificate that supervisors show to the gateway.
@@ -183,6 +186,7 @@ impl Default for Supervisor {
             sandbox_gid: 10_001,
             best_effort: false,
             telemetry: false,
+            settings_poll_secs: None,
             gateway_ca_path: None,
             gateway_cert_path: None,
             gateway_key_path: None,
@@ -273,6 +277,7 @@ struct SupervisorTable {
     sandbox_gid: Option<u32>,
     best_effort: bool,
     telemetry: bool,
+    settings_poll_secs: Option<u32>,
     gateway_ca_path: Option<PathBuf>,
     gateway_cert_path: Option<PathBuf>,
     gateway_key_path: Option<PathBuf>,
@@ -413,6 +418,8 @@ impl Config {
             sandbox_gid: table.sandbox_gid.unwrap_or(default.sandbox_gid),
             best_effort: table.best_effort,
             telemetry: table.telemetry,
+            // 0 would be no pause at all.
+            settings_poll_secs: table.settings_poll_secs.filter(|secs| *secs > 0),
             gateway_ca_path: path(table.gateway_ca_path),
             gateway_cert_path: path(table.gateway_cert_path),
             gateway_key_path: path(table.gateway_key_path),

@@ -231,6 +231,9 @@ fn environment(
     if !user.is_empty() {
         set("OPENSHELL_USER_ENVIRONMENT", json!(user).to_string());
     }
+    if let Some(secs) = config.supervisor.settings_poll_secs {
+        set("OPENSHELL_POLICY_POLL_INTERVAL_SECS", secs.to_string());
+    }
     if config.supervisor.best_effort {
         set("OPENSHELL_BEST_EFFORT_FAILURES", "1".to_owned());
     }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A stock OpenShell gateway in front of a machine: its own binaries, keys made for the test, and its command line.
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use http::uri::PathAndQuery;
 use substrate_integration::{Machine, PATIENCE, image};
 use substrate_proto::ateapi::{self, ActorRef, SuspendActorRequest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -28,11 +30,20 @@ pub struct Bed {
     bins: PathBuf,
     root: tempfile::TempDir,
     endpoint: String,
+    metrics: u16,
 }
+
+/// `driver_config` of a sandbox that sleeps only when it is told to.
+pub const SLEEPLESS: &str = r#"{"substrate":{"idle":{"suspendAfter":"never"}}}"#;
 
 impl Bed {
     /// Starts both; the gateway is ready.
     pub async fn start(bins: &Path, workers: u32) -> Result<Self> {
+        Self::start_with(bins, workers, 0).await
+    }
+
+    /// Starts both, with tokens that live this many seconds (0: for good).
+    pub async fn start_with(bins: &Path, workers: u32, token_ttl_secs: u64) -> Result<Self> {
         let root = tempfile::Builder::new().prefix("gw-").tempdir_in("/tmp")?;
         let bins = bins.to_owned();
         let certificates = root.path().join("certs");
@@ -42,18 +53,18 @@ impl Bed {
             .output()
             .context("openshell-gateway generate-certs")?;
         ensure!(made.status.success(), "generate-certs: {}", String::from_utf8_lossy(&made.stderr));
-        let port = free_port()?;
+        let (port, metrics) = (free_port()?, free_port()?);
         let dir = root.path().join("d");
         let jwt = certificates.join("jwt");
         let toml = format!(
             "[openshell.gateway]\ncompute_drivers = [\"substrate\"]\ndisable_tls = true\n\
-             bind_address = \"127.0.0.1:{port}\"\n\
+             bind_address = \"127.0.0.1:{port}\"\nmetrics_bind_address = \"127.0.0.1:{metrics}\"\n\
              [openshell.gateway.auth]\nallow_unauthenticated_users = true\n\
              [openshell.gateway.gateway_jwt]\nsigning_key_path = \"{}\"\npublic_key_path = \"{}\"\nkid_path = \"{}\"\n\
-             gateway_id = \"test\"\nttl_secs = 0\n\
+             gateway_id = \"test\"\nttl_secs = {token_ttl_secs}\n\
              [openshell.drivers.substrate]\nsocket_path = \"{}\"\ngateway_endpoint = \"http://127.0.0.1:{port}\"\n\
              default_image = {:?}\n\
-             [openshell.drivers.substrate.supervisor]\nmode = \"process\"\npath = \"{}\"\n",
+             [openshell.drivers.substrate.supervisor]\nmode = \"process\"\nsettings_poll_secs = 1\npath = \"{}\"\n",
             jwt.join("signing.pem").display(),
             jwt.join("public.pem").display(),
             jwt.join("kid").display(),
@@ -79,7 +90,8 @@ impl Bed {
             .kill_on_drop(true)
             .spawn()
             .context("openshell-gateway")?;
-        let bed = Self { machine, gateway, bins, root, endpoint: format!("http://127.0.0.1:{port}") };
+        let endpoint = format!("http://127.0.0.1:{port}");
+        let bed = Self { machine, gateway, bins, root, endpoint, metrics };
         bed.until("the gateway answers", async |bed| {
             Ok(bed.cli(&["sandbox", "list"]).await?.status.success())
         })
@@ -126,15 +138,25 @@ impl Bed {
             .context("openshell forward")
     }
 
-    fn command(&self) -> Command {
-        let mut command = Command::new(self.bins.join("openshell"));
-        command
-            .env("OPENSHELL_GATEWAY_ENDPOINT", &self.endpoint)
-            .env("XDG_STATE_HOME", self.root.path())
-            .env("XDG_CONFIG_HOME", self.root.path())
-            .env("NO_COLOR", "1")
-            .kill_on_drop(true);
-        command
+    /// `openshell`, not started yet.
+    pub fn command(&self) -> Command {
+        self.program()()
+    }
+
+    /// Makes commands where the bed itself cannot be had.
+    pub fn program(&self) -> impl Fn() -> Command + Send + Sync + 'static {
+        let (program, endpoint, home) =
+            (self.bins.join("openshell"), self.endpoint.clone(), self.root.path().to_owned());
+        move || {
+            let mut command = Command::new(&program);
+            command
+                .env("OPENSHELL_GATEWAY_ENDPOINT", &endpoint)
+                .env("XDG_STATE_HOME", &home)
+                .env("XDG_CONFIG_HOME", &home)
+                .env("NO_COLOR", "1")
+                .kill_on_drop(true);
+            command
+        }
     }
 
     /// Runs `openshell`, which must succeed; its output.
@@ -152,9 +174,13 @@ impl Bed {
 
     /// Creates a sandbox that is ready when this returns; its id.
     pub async fn create(&self, name: &str, command: &[&str]) -> Result<String> {
-        let config = r#"{"substrate":{"idle":{"suspendAfter":"never"}}}"#;
-        let fixed = ["sandbox", "create", "--name", name, "--detach", "--driver-config-json", config, "--"];
-        self.say(&[&fixed, command].concat()).await?;
+        self.create_with(name, &["--driver-config-json", SLEEPLESS], command).await
+    }
+
+    /// Creates a sandbox with options of its own.
+    pub async fn create_with(&self, name: &str, options: &[&str], command: &[&str]) -> Result<String> {
+        let fixed = ["sandbox", "create", "--name", name, "--detach"];
+        self.say(&[&fixed, options, &["--"], command].concat()).await?;
         self.until_phase(name, "Ready").await?;
         let found = self.listed(name).await?;
         found
@@ -215,6 +241,116 @@ impl Bed {
         Ok(self.machine.api.get_actor(ateapi::GetActorRequest { actor }).await?.into_inner())
     }
 
+    /// Puts an actor on another worker, as a drain would: suspends it with its worker cordoned. What uses it wakes it.
+    pub async fn leave_worker(&mut self, uid: &str) -> Result<String> {
+        let from = self.actor(uid).await?.worker_id;
+        let workers =
+            self.machine.api.list_workers(ateapi::ListWorkersRequest {}).await?.into_inner().workers;
+        for worker in workers {
+            let request = ateapi::CordonWorkerRequest { uncordon: worker.id != from, id: worker.id };
+            self.machine.api.cordon_worker(request).await?;
+        }
+        self.fall_asleep(uid).await?;
+        Ok(from)
+    }
+
+    /// Waits until an actor runs on another worker than this.
+    pub async fn until_elsewhere(&mut self, uid: &str, from: &str) -> Result<ateapi::Actor> {
+        let began = tokio::time::Instant::now();
+        while began.elapsed() < PATIENCE {
+            let actor = self.actor(uid).await?;
+            if actor.state() == ateapi::ActorState::Running && actor.worker_id != from {
+                return Ok(actor);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bail!("{uid} does not run elsewhere than on {from}\n{}", self.sandbox_logs())
+    }
+
+    /// What a command prints as root of the sandbox, by substrate's own exec: the gateway knows nothing of it.
+    pub fn as_root(&self, name: &str, script: &str) -> Result<String> {
+        let output = self.machine.cli(&["exec", name, "--", "sh", "-c", script])?;
+        ensure!(output.status.success(), "substrate exec {name}: {output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+    }
+
+    /// Calls that the gateway has answered, by method.
+    pub async fn calls(&self) -> Result<BTreeMap<String, u64>> {
+        let text = get(self.metrics, "/metrics").await?;
+        let mut calls = BTreeMap::new();
+        for line in text.lines() {
+            let Some(rest) = line.strip_prefix("openshell_server_grpc_requests_total{") else { continue };
+            let method = rest.split("method=\"").nth(1).and_then(|rest| rest.split('"').next());
+            let count = rest.rsplit(' ').next().and_then(|count| count.parse::<u64>().ok());
+            if let Some((method, count)) = method.zip(count) {
+                *calls.entry(method.to_owned()).or_default() += count;
+            }
+        }
+        Ok(calls)
+    }
+
+    /// Asks the gateway as a sandbox would, with a token; `request` is in the wire's form.
+    pub async fn call<
+        Request: prost::Message + Default + 'static,
+        Answer: prost::Message + Default + 'static,
+    >(
+        &self,
+        method: &'static str,
+        token: &str,
+        request: Request,
+    ) -> Result<std::result::Result<Answer, tonic::Status>> {
+        let channel = tonic::transport::Endpoint::from_shared(self.endpoint.clone())?
+            .timeout(PATIENCE)
+            .connect()
+            .await?;
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await?;
+        let mut request = tonic::Request::new(tokio_stream::once(request));
+        request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
+        let codec = tonic_prost::ProstCodec::<Request, Answer>::default();
+        let answer = client.client_streaming(request, PathAndQuery::from_static(method), codec).await;
+        Ok(answer.map(tonic::Response::into_inner))
+    }
+
+    /// What a sandbox is let out to now.
+    pub async fn egress(&mut self, uid: &str) -> Result<Vec<String>> {
+        let generation = self.actor(uid).await?.generation;
+        let request = ateapi::GetEgressRequest { actor_uid: uid.to_owned(), generation };
+        let policy = self.machine.api.get_egress(request).await?.into_inner().policy.unwrap_or_default();
+        Ok(policy.allow.iter().map(|rule| format!("{}:{:?}", rule.host, rule.ports)).collect())
+    }
+
+    /// The gateway's port, on loopback.
+    pub fn port(&self) -> u16 {
+        self.endpoint.rsplit(':').next().and_then(|port| port.parse().ok()).unwrap_or_default()
+    }
+
+    /// Waits until the gateway shows its users an event of a sandbox that says this.
+    pub async fn until_told(&self, id: &str, text: &str) -> Result<()> {
+        let channel = tonic::transport::Endpoint::from_shared(self.endpoint.clone())?.connect().await?;
+        let mut client = tonic::client::Grpc::new(channel);
+        client.ready().await?;
+        let request = Watch { id: id.to_owned(), follow_events: true, event_tail: 100 };
+        let path = PathAndQuery::from_static("/openshell.v1.OpenShell/WatchSandbox");
+        let codec = tonic_prost::ProstCodec::<Watch, Told>::default();
+        let mut told = client.server_streaming(tonic::Request::new(request), path, codec).await?.into_inner();
+        let mut heard = Vec::new();
+        let listening = async {
+            while let Some(event) = told.message().await? {
+                let Some(event) = event.event else { continue };
+                heard.push(format!("{}: {}", event.reason, event.message));
+                if event.message.contains(text) {
+                    return Ok(());
+                }
+            }
+            bail!("the watch ended")
+        };
+        match tokio::time::timeout(PATIENCE, listening).await {
+            Ok(result) => result,
+            Err(_) => bail!("nothing of {id} is told about {text:?}, only {heard:#?}"),
+        }
+    }
+
     /// Ends both in order.
     pub async fn stop(mut self) -> Result<()> {
         self.gateway.kill().await?;
@@ -229,6 +365,32 @@ impl Bed {
     fn sandbox_logs(&self) -> String {
         tail(&self.machine.dir.join("logs/substrate.log"))
     }
+}
+
+/// `WatchSandboxRequest`, `SandboxStreamEvent` and `PlatformEvent` (proto/openshell.proto at 2f7fb655), as far as
+/// they are used.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Watch {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(bool, tag = "4")]
+    follow_events: bool,
+    #[prost(uint32, tag = "6")]
+    event_tail: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Told {
+    #[prost(message, optional, tag = "3")]
+    event: Option<PlatformEvent>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PlatformEvent {
+    #[prost(string, tag = "4")]
+    reason: String,
+    #[prost(string, tag = "5")]
+    message: String,
 }
 
 /// A port that is free now: OpenShell's programs are told one.

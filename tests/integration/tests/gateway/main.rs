@@ -3,8 +3,11 @@
 //!
 //! Ignored unless asked for: `OPENSHELL_BIN_DIR` names the directory of `openshell-gateway`, `openshell` and
 //! `openshell-sandbox`, and `cargo test -p substrate-integration --test gateway -- --ignored` runs them (`scripts/test` does
-//! when it is set). `SUBSTRATE_SLEEP_CYCLES` says how often a sandbox sleeps and wakes (default 12).
+//! when it is set). `SUBSTRATE_SLEEP_CYCLES` says how often a sandbox sleeps and wakes under
+//! load (default 20).
 mod bed;
+mod features;
+mod moves;
 
 use anyhow::{Context as _, Result, ensure};
 use bed::{Bed, bin_dir, free_port, get};
@@ -42,17 +45,13 @@ async fn a_sandbox_is_created_used_stopped_started_and_deleted() -> Result<()> {
 #[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
 async fn a_sleeping_sandbox_stays_ready_and_wakes_for_an_exec() -> Result<()> {
     let bins = bin_dir()?;
-    let cycles: u64 = match std::env::var("SUBSTRATE_SLEEP_CYCLES") {
-        Ok(cycles) => cycles.parse().context("SUBSTRATE_SLEEP_CYCLES")?,
-        Err(_) => 12,
-    };
     let mut bed = Bed::start(&bins, 2).await?;
     let uid = bed.create("alice", &["sleep", "100000"]).await?;
     bed.exec("alice", "echo 0 > /dev/shm/count; echo $$ > /dev/shm/nonce").await?;
     let nonce = bed.exec("alice", "cat /dev/shm/nonce").await?;
     let mut workers = std::collections::BTreeSet::new();
     let mut cordoned: Option<String> = None;
-    for cycle in 1..=cycles {
+    for cycle in 1..=4_u64 {
         let worker = bed.actor(&uid).await?.worker_id;
         bed.fall_asleep(&uid).await?;
         ensure!(bed.phase("alice").await? == "Ready", "cycle {cycle}: asleep");
