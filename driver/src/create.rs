@@ -70,7 +70,10 @@ impl Driver {
         }
         let uid = plan.wanted.uid.clone();
         let _creation = self.gates.own(Key::Creation(uid.clone())).await;
-        plan.advisories.extend(token::advisory(&plan.wanted, mirror::now_ms()));
+        // Where there is a session, its hub renews the token.
+        if !self.config.supervisor.mode.has_session() {
+            plan.advisories.extend(token::advisory(&plan.wanted, mirror::now_ms()));
+        }
         let mut made = Made { atespace: plan.made_atespace, ..Made::default() };
         match self.make(&plan, &mut made).await {
             Ok(Outcome::Made) => {

@@ -133,7 +133,12 @@ pub fn deliver(
                 .to_owned(),
         }];
     }
-    [
+    let readiness = wanted.config.readiness.is_some().then(|| Advisory {
+        subsystem: "readiness",
+        message: "with a supervisor its session is what counts; the sandbox's own readiness is not asked"
+            .to_owned(),
+    });
+    let degraded = [
         (
             "network",
             "the supervisor runs without its proxy (process mode): substrate's egress policy stands in for it, which \
@@ -142,8 +147,8 @@ pub fn deliver(
         ("inference", "inference.local belongs to the proxy and is not there in process mode"),
         ("landlock", "gVisor has no Landlock: the sandbox's own kernel and seccomp stand in for it"),
     ]
-    .map(|(subsystem, message)| Advisory { subsystem, message: message.to_owned() })
-    .into()
+    .map(|(subsystem, message)| Advisory { subsystem, message: message.to_owned() });
+    degraded.into_iter().chain(readiness).collect()
 }
 
 fn secret(path: &str, content: &[u8]) -> File {
@@ -181,12 +186,12 @@ fn run_supervisor(config: &Config, delivery: &Delivery, template: &mut TemplateS
         // It gives its rights up by itself, which the user's processes then cannot undo.
         no_new_privileges: given.no_new_privileges,
     });
-    if main.readiness.is_none() {
-        main.readiness = Some(Readiness {
-            http_get: Some(HttpGet { path: READY_PATH.to_owned(), port: u32::from(HUB_PORT) }),
-            ..Readiness::default()
-        });
-    }
+    // Never the user's own: the user's command starts only once the supervisor has its policy, which it gets through a
+    // session with an actor that counts as ready.
+    main.readiness = Some(Readiness {
+        http_get: Some(HttpGet { path: READY_PATH.to_owned(), port: u32::from(HUB_PORT) }),
+        ..Readiness::default()
+    });
 }
 
 /// Listeners the mode needs of the gateway: none, for the hub dials it as anyone does.
@@ -330,6 +335,19 @@ mod tests {
             ..Default::default()
         };
         crate::validate::read(&sandbox, &config()).unwrap()
+    }
+
+    #[test]
+    fn readiness_of_the_users_own_is_not_waited_for_and_said() {
+        let mut wanted = wanted();
+        wanted.config.readiness = Some(crate::driver_config::Readiness::default());
+        let delivery = Delivery { master_key: vec![7; 32], ..Delivery::default() };
+        let mut template = crate::synthesize::template(&wanted, &config());
+        let mut actor = crate::synthesize::actor(&wanted, "t", "");
+        let advisories = deliver(&config(), &delivery, &wanted, &mut template, &mut actor);
+        assert_eq!(advisories.last().unwrap().subsystem, "readiness");
+        let readiness = template.containers[0].readiness.clone().unwrap();
+        assert_eq!(readiness.http_get.unwrap().path, READY_PATH);
     }
 
     fn delivered() -> (TemplateSpec, ActorSpec, Vec<Advisory>) {

@@ -4,6 +4,7 @@ mod contract;
 mod create;
 mod gateway;
 mod lifecycle;
+mod real;
 mod stub;
 mod tls;
 mod validate;

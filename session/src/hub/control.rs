@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::future::BoxFuture;
 use http_body::Frame as BodyFrame;
 use http_body_util::BodyExt as _;
 use substrate_proto::session::Head;
@@ -34,7 +36,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::forward::forward;
 use super::gateway::{Gateway, chain};
-use super::{Session, View};
+use super::{Session, View, metrics, token};
 use crate::grpc::{self, Deframer, Framed};
 use crate::mux::{Opened, Receiver, Said, Sender, code};
 
@@ -62,6 +64,8 @@ enum Event {
     LegEnded(u64, u32, String),
     Claimed(String),
     RelayEnded,
+    /// The sandbox's token was renewed, there or here.
+    TokenRenewed,
 }
 
 struct Front {
@@ -75,14 +79,18 @@ struct Front {
 
 struct Leg {
     number: u64,
+    head: Head,
     hello: Framed,
     accepted: Option<Framed>,
+    open: Option<metrics::Open>,
     to_gateway: mpsc::Sender<Framed>,
     _task: AbortOnDropHandle<()>,
 }
 
 struct Waiting {
     open: Framed,
+    asked: Instant,
+    from: &'static str,
     until: Instant,
 }
 
@@ -115,6 +123,15 @@ pub(crate) async fn run(
         tracing::warn!(actor = session.uid, %error, "cannot read what was kept of a session; it begins anew");
         None
     });
+    let hello = hello.map(|(head, hello)| (session.tokens.recalled(head), hello));
+    let renewed = events.clone();
+    let renewing = token::renewing(Arc::clone(&session), move || {
+        // Only for remembering it: the next renewal will do too.
+        if renewed.try_send(Event::TokenRenewed).is_err() {
+            tracing::debug!("too busy to note that a token was renewed");
+        }
+    });
+    let _renewing = AbortOnDropHandle::new(tokio::spawn(renewing));
     let mut control = Control {
         session,
         events,
@@ -167,12 +184,14 @@ impl Control {
         self.waiting.retain(|channel, waiting| {
             let keep = waiting.until > now;
             if !keep {
+                metrics::relay(waiting.from, None);
                 tracing::info!(channel, "a relay's stream did not come in time");
             }
             keep
         });
         if !self.is_wanted() {
-            if self.leg.take().is_some() {
+            if self.leg.take().is_some_and(|leg| leg.open.is_some()) {
+                metrics::leg("closed");
                 tracing::debug!(actor = self.session.uid, "the session ends with its sandbox");
             }
             self.reopen_at = None;
@@ -190,7 +209,8 @@ impl Control {
         self.session.relays.send_if_modified(|now| std::mem::replace(now, relays) != relays);
     }
 
-    fn opened(&mut self, opened: Opened) {
+    fn opened(&mut self, mut opened: Opened) {
+        opened.head = self.session.tokens.renew(opened.head);
         match opened.head.path.as_str() {
             CONNECT_SUPERVISOR => self.front_opened(opened),
             RELAY_STREAM => {
@@ -223,10 +243,23 @@ impl Control {
         let (session, end) = (Arc::clone(&self.session), self.end.clone());
         let claimed = (opened.head.path == RELAY_STREAM).then_some(claimed);
         let inspects = opened.head.path == GET_CONFIG;
+        let refreshes = opened.head.path == token::REFRESH;
+        let events = self.events.clone();
         tokio::spawn(async move {
-            let inspect = inspects.then(|| {
+            let inspect = (inspects || refreshes).then(|| {
                 let session = Arc::clone(&session);
-                move |answer| (session.inspector)(session.uid.clone(), answer)
+                move |answer: Bytes| {
+                    if inspects {
+                        return (session.inspector)(session.uid.clone(), answer);
+                    }
+                    session.tokens.answered(&answer);
+                    let told = async move {
+                        // The session may be over.
+                        let _ = events.send(Event::TokenRenewed).await;
+                        Ok(())
+                    };
+                    Box::pin(told) as BoxFuture<'static, Result<(), String>>
+                }
             });
             tokio::select! {
                 () = end.cancelled() => {}
@@ -271,7 +304,12 @@ impl Control {
                     self.leg_ended(status, &message);
                 }
             }
-            Event::Claimed(channel) => drop(self.waiting.remove(&channel)),
+            Event::Claimed(channel) => {
+                if let Some(waiting) = self.waiting.remove(&channel) {
+                    metrics::relay(waiting.from, Some(waiting.asked.elapsed()));
+                }
+            }
+            Event::TokenRenewed => self.remember(),
             Event::RelayEnded => self.live = self.live.saturating_sub(1),
         }
     }
@@ -282,12 +320,10 @@ impl Control {
             Some(supervisor_message::Payload::Hello(_)) => {
                 let Some(front) = &self.front else { return };
                 let hello = (front.head.clone(), message.clone());
-                if self.hello.as_ref() != Some(&hello)
-                    && let Err(error) = self.session.memory.keep(&self.session.uid, &hello.0, &hello.1)
-                {
-                    tracing::warn!(actor = self.session.uid, %error, "cannot keep a session over a restart of the hub");
+                if self.hello.as_ref() != Some(&hello) {
+                    self.hello = Some(hello);
+                    self.remember();
                 }
-                self.hello = Some(hello);
                 if self.leg.as_ref().is_some_and(|leg| leg.hello != message) {
                     tracing::debug!(actor = self.session.uid, "another instance of the supervisor is there");
                     self.leg = None;
@@ -302,6 +338,15 @@ impl Control {
                 self.to_gateway(message);
             }
             _ => self.to_gateway(message),
+        }
+    }
+
+    /// Keeps the session over a restart of the hub.
+    fn remember(&self) {
+        let Some((head, hello)) = &self.hello else { return };
+        let head = self.session.tokens.remembered(head);
+        if let Err(error) = self.session.memory.keep(&self.session.uid, &head, hello) {
+            tracing::warn!(actor = self.session.uid, %error, "cannot keep a session over a restart of the hub");
         }
     }
 
@@ -356,7 +401,10 @@ impl Control {
             Some(Payload::SessionAccepted(_)) => {
                 if let Some(leg) = &mut self.leg {
                     leg.accepted = Some(message);
+                    leg.open.get_or_insert_with(metrics::Open::begin);
+                    self.session.tokens.accepted(&leg.head);
                 }
+                self.remember();
                 self.failures = 0;
                 tracing::info!(actor = self.session.uid, "the gateway has a session with the sandbox");
                 self.accept_front();
@@ -369,8 +417,12 @@ impl Control {
             }
             Some(Payload::RelayOpen(open)) => {
                 tracing::debug!(actor = self.session.uid, channel = open.channel_id, "a relay is asked for");
-                let until = Instant::now() + RELAY_LIMIT;
-                let before = self.waiting.insert(open.channel_id, Waiting { open: message.clone(), until });
+                let asked = Instant::now();
+                let until = asked + RELAY_LIMIT;
+                let asleep = *self.session.view.borrow() == View::Asleep;
+                let from = if asleep { "asleep" } else { "awake" };
+                let waiting = Waiting { open: message.clone(), asked, from, until };
+                let before = self.waiting.insert(open.channel_id, waiting);
                 // The gateway repeats what waits to each new session; the supervisor hears it once.
                 if before.is_none() {
                     self.tell_front(&message);
@@ -386,8 +438,14 @@ impl Control {
     }
 
     fn leg_ended(&mut self, status: u32, message: &str) {
-        self.leg = None;
-        if REFUSALS.contains(&status) {
+        let was_open = self.leg.take().is_some_and(|leg| leg.open.is_some());
+        let refused = REFUSALS.contains(&status);
+        metrics::leg(match (refused, was_open) {
+            (true, _) => "refused",
+            (false, true) => "lost",
+            (false, false) => "failed",
+        });
+        if refused {
             tracing::warn!(
                 actor = self.session.uid,
                 status,
@@ -417,15 +475,24 @@ impl Control {
 
     fn open_leg(&mut self) {
         let Some((head, hello)) = self.hello.clone() else { return };
+        let head = self.session.tokens.renew(head);
         self.count += 1;
         let number = self.count;
         let (to_gateway, from_front) = mpsc::channel(QUEUE);
-        let task =
-            leg(number, Arc::clone(&self.session), head, hello.clone(), from_front, self.events.clone());
+        let task = leg(
+            number,
+            Arc::clone(&self.session),
+            head.clone(),
+            hello.clone(),
+            from_front,
+            self.events.clone(),
+        );
         self.leg = Some(Leg {
             number,
+            head,
             hello,
             accepted: None,
+            open: None,
             to_gateway,
             _task: AbortOnDropHandle::new(tokio::spawn(task)),
         });

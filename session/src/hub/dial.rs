@@ -65,6 +65,7 @@ pub async fn attach(uid: &str, awake: &Awake, key: &SessionKey, mux: &Mux) -> Re
             );
         }
         if mux.attach(ours, theirs, fresh, stream).await.map_err(over)? {
+            super::metrics::link(fresh.is_some());
             Ok(())
         } else {
             Err(DialError::Stranger("the link moved on meanwhile"))

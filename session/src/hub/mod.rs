@@ -8,12 +8,15 @@
 //! * *holding* keeps a connection that counts as a request in flight while a relay is live, so that the actor is not
 //!   suspended as idle under it,
 //! * [`control`] owns the conversation with the gateway that makes the sandbox Ready,
+//! * [`token`] renews the sandbox's token when nobody in it does,
 //! * every other call of the supervisor is carried through by [`forward`].
 pub mod control;
 pub mod dial;
 pub mod forward;
 pub mod gateway;
 pub mod memory;
+mod metrics;
+pub mod token;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -120,6 +123,7 @@ pub(crate) struct Session {
     pub(crate) relays: watch::Sender<usize>,
     pub(crate) memory: Memory,
     pub(crate) inspector: Inspector,
+    pub(crate) tokens: token::Tokens,
     waker: Waker,
 }
 
@@ -144,6 +148,7 @@ impl Hub {
         let end = self.shutdown.child_token();
         self.start(uid, receiver, &end);
         sessions.insert(uid.to_owned(), Entry { view: sender, end });
+        metrics::sessions(sessions.len());
     }
 
     fn memory(&self) -> Memory {
@@ -153,7 +158,9 @@ impl Hub {
     /// An actor is gone.
     pub fn gone(&self, uid: &str) {
         self.memory().forget(uid);
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.remove(uid);
+        metrics::sessions(sessions.len());
     }
 
     /// How many sessions there are.
@@ -178,6 +185,7 @@ impl Hub {
             relays: watch::channel(0).0,
             memory: self.memory(),
             inspector: Arc::clone(&config.inspector),
+            tokens: token::Tokens::default(),
             waker: Arc::clone(&config.waker),
         });
         let spawn = |task: BoxFuture<'static, ()>| {
@@ -253,12 +261,14 @@ async fn waking(session: Arc<Session>) {
         match (session.waker)(session.uid.clone()).await {
             // The watch may be a moment behind.
             Ok(()) => {
+                metrics::wake(true);
                 let up = view.wait_for(|view| *view != View::Asleep);
                 if matches!(tokio::time::timeout(REWAKE, up).await, Ok(Err(_))) {
                     return;
                 }
             }
             Err(error) => {
+                metrics::wake(false);
                 tracing::warn!(actor = session.uid, error, "cannot wake a sandbox that is asked for");
                 tokio::time::sleep(REWAKE).await;
             }

@@ -171,6 +171,10 @@ pub struct Demo {
     /// Sandbox class
     #[arg(long, value_name = "CLASS", default_value = "gvisor")]
     pub class: String,
+    /// Create, stop, start, delete and exec with a stock OpenShell gateway: DIR holds openshell-gateway, openshell and
+    /// openshell-sandbox
+    #[arg(long, value_name = "DIR")]
+    pub gateway: Option<PathBuf>,
     /// Image of the agent [default: target/images/helpdesk of the workspace]
     #[arg(long, value_name = "REF")]
     pub image: Option<String>,

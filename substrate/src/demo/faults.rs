@@ -50,6 +50,12 @@ pub async fn play(world: &mut World, report: &Report) -> Played {
         worst = worst.max(number(&round, "recovery_ms"));
         rounds.push(round);
     }
+    if let Some(stock) = world.gateway.stock() {
+        stock.until("alice", "Ready").await?;
+        let said = stock.exec("alice", &["cat", "/run/ate/name"], b"").await?;
+        expect(said == "alice", "exec to print alice after the kills", &said)?;
+        report.detail("alice: Ready at the gateway, exec answers")?;
+    }
     let bob_after = Bob::look(world).await?;
     bob_before.went_on(&bob_after)?;
     let ticks = bob_after.ticks - bob_before.ticks;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The driver's socket as OpenShell's gateway uses it: one channel, one watch stream opened at the start, sandboxes
-//! known by their id.
+//! Who creates, stops and deletes the demo's sandboxes: the demo itself, on the driver's socket as OpenShell's gateway
+//! uses it (one channel, one watch stream opened at the start, sandboxes known by their id), or a stock gateway.
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,19 +18,130 @@ use tonic::Streaming;
 use tonic::transport::Channel;
 
 use super::report::{Miss, expect};
+use super::stock::Stock;
 use crate::client::connect_unix;
 use crate::failure::{Doing as _, Failure};
 
 /// The workspace of the demo, and so its atespace.
 pub const WORKSPACE: &str = "demo";
 
-/// A gateway.
-pub struct Gateway {
+/// What speaks to the driver.
+pub enum Gateway {
+    /// The demo.
+    Double(Double),
+    /// OpenShell's own.
+    Stock(Stock),
+}
+
+impl Gateway {
+    /// The stock gateway, where there is one.
+    pub fn stock(&self) -> Option<&Stock> {
+        match self {
+            Self::Double(_) => None,
+            Self::Stock(stock) => Some(stock),
+        }
+    }
+
+    /// Who drives, and that the driver is driven as it wants to be.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn describe(&mut self) -> Result<String, Miss> {
+        let capabilities = match self {
+            Self::Double(double) => double.capabilities().await?,
+            Self::Stock(stock) => return Ok(stock.describe().await?),
+        };
+        expect(!capabilities.gateway_manages_lifecycle, "gateway_manages_lifecycle false", "true")?;
+        Ok(format!("{} {}", capabilities.driver_name, capabilities.driver_version))
+    }
+
+    /// Creates a sandbox and waits until it is ready.
+    ///
+    /// # Errors
+    /// A refusal, an error phase, or no readiness in time.
+    pub async fn create(&mut self, recipe: &Recipe, name: &str) -> Result<DriverSandbox, Miss> {
+        match self {
+            Self::Double(double) => {
+                let wanted = recipe.sandbox(name);
+                let ready = double.create(&wanted).await?;
+                expect(ready.id == wanted.id, format!("the id {}", wanted.id), &ready.id)?;
+                Ok(ready)
+            }
+            Self::Stock(stock) => stock.create(recipe, name).await,
+        }
+    }
+
+    /// Waits until a sandbox is no more.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub async fn until_deleted(&mut self, id: &str) -> Result<(), Miss> {
+        match self {
+            Self::Double(double) => double.until_deleted(id).await,
+            Self::Stock(stock) => stock.until_deleted(id).await,
+        }
+    }
+
+    /// All sandboxes.
+    pub async fn list(&mut self) -> Result<Vec<DriverSandbox>, Failure> {
+        match self {
+            Self::Double(double) => double.list().await,
+            Self::Stock(stock) => stock.list().await,
+        }
+    }
+
+    /// One sandbox.
+    pub async fn get(&mut self, sandbox: &DriverSandbox) -> Result<DriverSandbox, Failure> {
+        match self {
+            Self::Double(double) => double.get(sandbox).await,
+            Self::Stock(stock) => stock.get(&sandbox.name).await,
+        }
+    }
+
+    /// Stops one.
+    ///
+    /// # Errors
+    /// When it is not stopped.
+    pub async fn stop(&mut self, sandbox: &DriverSandbox) -> Result<(), Miss> {
+        match self {
+            Self::Double(double) => Ok(double.stop(sandbox).await?),
+            Self::Stock(stock) => stock.stop(&sandbox.name).await,
+        }
+    }
+
+    /// Starts one.
+    ///
+    /// # Errors
+    /// When it is not started.
+    pub async fn start(&mut self, sandbox: &DriverSandbox) -> Result<(), Miss> {
+        match self {
+            Self::Double(double) => Ok(double.start(sandbox).await?),
+            Self::Stock(stock) => stock.start(&sandbox.name).await,
+        }
+    }
+
+    /// Deletes one.
+    ///
+    /// # Errors
+    /// When there was none.
+    pub async fn delete(&mut self, sandbox: &DriverSandbox) -> Result<(), Miss> {
+        match self {
+            Self::Double(double) => {
+                let deleted = double.delete(sandbox).await?;
+                expect(deleted, "deleted=true", deleted)
+            }
+            Self::Stock(stock) => Ok(stock.delete(&sandbox.name).await?),
+        }
+    }
+}
+
+/// The demo in the gateway's place.
+pub struct Double {
     client: ComputeDriverClient<Channel>,
     watch: Streaming<WatchSandboxesEvent>,
 }
 
-impl Gateway {
+impl Double {
     /// Connects and opens the watch, as the gateway does at its start.
     ///
     /// # Errors
@@ -160,20 +271,30 @@ pub struct Recipe {
     pub environment: Vec<(String, String)>,
     /// Egress rules, as `driver_config` has them.
     pub allow: Vec<Value>,
+    /// Whether OpenShell's supervisor runs the agent.
+    pub has_supervisor: bool,
 }
 
 impl Recipe {
-    /// The request of one sandbox.
-    pub fn sandbox(&self, name: &str) -> DriverSandbox {
-        let substrate = json!({
+    /// What substrate is told beyond OpenShell's own words.
+    pub fn driver_config(&self) -> Value {
+        let mut substrate = json!({
             "sandboxClass": self.class,
             "ports": [8080],
-            "readiness": {"httpGet": {"path": "/healthz", "port": 8080}},
             "idle": {"suspendAfter": "never"},
             "checkpoint": {"onReply": "sync", "durability": "node", "maxHold": "10s"},
             "egress": {"allow": self.allow},
             "hooks": {"afterRestore": {"command": ["/app/after-restore"]}},
         });
+        // Behind a supervisor its session is what counts.
+        if !self.has_supervisor {
+            substrate["readiness"] = json!({"httpGet": {"path": "/healthz", "port": 8080}});
+        }
+        substrate
+    }
+
+    /// The request of one sandbox.
+    pub fn sandbox(&self, name: &str) -> DriverSandbox {
         DriverSandbox {
             id: uuid::Uuid::new_v4().to_string(),
             name: name.to_owned(),
@@ -182,7 +303,7 @@ impl Recipe {
                 environment: self.environment.iter().cloned().collect(),
                 template: Some(DriverSandboxTemplate {
                     image: self.image.clone(),
-                    driver_config: Some(json_to_struct(&substrate)),
+                    driver_config: Some(json_to_struct(&self.driver_config())),
                     ..Default::default()
                 }),
                 ..Default::default()

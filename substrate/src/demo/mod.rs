@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Sandboxes are created, listed, stopped and deleted through the driver's socket, as OpenShell's gateway would do it
-//! (`gateway`); everything else is what a person has: the control plane's socket and HTTP through the router. The
+//! (`gateway`), or with `--gateway DIR` by a stock gateway and the `openshell` command line on real supervisors
+//! (`stock`); everything else is what a person has: the control plane's socket and HTTP through the router. The
 //! first ✗ ends it with exit code 1; everything that was started is ended and removed, unless `--keep`.
 mod beats;
 mod faults;
@@ -21,6 +22,7 @@ mod model;
 mod network;
 mod processes;
 mod report;
+mod stock;
 mod world;
 
 use std::process::ExitCode;

@@ -19,10 +19,11 @@ use substrate_proto::compute::DriverSandbox;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
-use super::gateway::{Gateway, Recipe, WORKSPACE};
+use super::gateway::{Double, Gateway, Recipe, WORKSPACE};
 use super::model::Model;
 use super::network::{DOCS, Internet, MODEL};
 use super::report::{Miss, expect};
+use super::stock::Prepared;
 use crate::args::Demo;
 use crate::client::{Control, UpInfo, connect_unix, control};
 use crate::cmd::request::sign;
@@ -35,6 +36,9 @@ pub const WORKERS: usize = 4;
 const UP_PATIENCE: Duration = Duration::from_mins(2);
 /// How long one request may take, waking included.
 pub const REQUEST_PATIENCE: Duration = Duration::from_secs(90);
+
+/// How long an agent may take to listen.
+const AGENT_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The running demo.
 pub struct World {
@@ -86,8 +90,12 @@ impl World {
             .tempdir_in("/tmp")
             .doing(|| "cannot make a directory in /tmp".to_owned())?;
         let model = Model::from_environment().await?;
+        let prepared = match &options.gateway {
+            Some(bins) => Some(Prepared::make(scratch.path(), &places.examples, bins).await?),
+            None => None,
+        };
         let mut internet = Internet::start(scratch.path(), &places.examples, &model.names).await?;
-        let started = start_up(options, &exe, scratch.path(), &internet, &model).await;
+        let started = start_up(options, &exe, scratch.path(), &internet, &model, prepared.as_ref()).await;
         let (mut up, info) = match started {
             Ok(started) => started,
             Err(failure) => {
@@ -95,7 +103,7 @@ impl World {
                 return Err(failure);
             }
         };
-        match connect(&info).await {
+        match connect(&info, prepared).await {
             Ok((control, gateway, token)) => Ok(Self {
                 recipe: recipe(options, &places.image, &model),
                 info,
@@ -195,6 +203,24 @@ impl World {
             .map_err(|error| Miss { expected: what, seen: format!("{error}: {}", answer.text().trim()) })
     }
 
+    /// Waits until the agent answers: behind a supervisor it starts after the sandbox is ready.
+    pub async fn until_answers(&self, actor: &str) -> Result<(), Miss> {
+        let began = std::time::Instant::now();
+        loop {
+            let answer = self.http(actor, "GET", "/healthz", None).await?;
+            if answer.status == 200 {
+                return Ok(());
+            }
+            let waits = began.elapsed() < AGENT_PATIENCE;
+            expect(
+                waits,
+                format!("{actor} to answer /healthz"),
+                format!("{}: {}", answer.status, answer.text()),
+            )?;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// The agent's `/status`.
     pub async fn status(&self, actor: &str) -> Result<Value, Miss> {
         self.json(actor, "GET", "/status", None).await
@@ -244,11 +270,18 @@ impl World {
     pub fn last_log_lines(&self, count: usize) -> String {
         let text = std::fs::read_to_string(self.info.dir.join("logs/substrate.log")).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(count)..].join("\n")
+        let own = lines[lines.len().saturating_sub(count)..].join("\n");
+        match self.gateway.stock() {
+            Some(stock) => format!("{own}\nthe gateway's:\n{}", stock.last_log_lines(count)),
+            None => own,
+        }
     }
 
     /// Ends everything and removes it.
     pub async fn stop(mut self) {
+        if let Gateway::Stock(stock) = self.gateway {
+            stock.end().await;
+        }
         end_up(&mut self.up, &self.info.dir).await;
         self.internet.stop().await;
         if let Some(scratch) = self.scratch.take() {
@@ -265,8 +298,12 @@ impl World {
         let path = self.scratch.take().map(tempfile::TempDir::keep).unwrap_or_default();
         let pid = self.info.pid;
         let socket = self.info.api_socket.display().to_string();
+        let gateway = match self.gateway {
+            Gateway::Double(_) => String::new(),
+            Gateway::Stock(stock) => stock.keep(),
+        };
         let text = format!(
-            "kept: substrate --socket {socket} -a {WORKSPACE} get actors\n\
+            "{gateway}kept: substrate --socket {socket} -a {WORKSPACE} get actors\n\
              end:  kill {pid}; ip netns pids {0} | xargs kill; ip netns del {0}; rm -r {1}",
             self.internet.name(),
             path.display()
@@ -316,16 +353,19 @@ fn find(roots: &[PathBuf], dir: &str, file: &str) -> Option<PathBuf> {
 }
 
 fn recipe(options: &Demo, image: &str, model: &Model) -> Recipe {
-    let mut allow = vec![
-        json!({"host": MODEL, "ports": [80], "protocol": "http"}),
-        json!({"host": DOCS, "ports": [443]}),
-    ];
+    let has_supervisor = options.gateway.is_some();
+    let mut allow = vec![json!({"host": DOCS, "ports": [443]})];
+    // With a gateway the sandbox's policy has the rule for the model.
+    if !has_supervisor {
+        allow.push(json!({"host": MODEL, "ports": [80], "protocol": "http"}));
+    }
     allow.extend(model.rule.clone());
     Recipe {
         image: image.to_owned(),
         class: options.class.clone(),
         environment: model.environment.clone(),
         allow,
+        has_supervisor,
     }
 }
 
@@ -335,9 +375,13 @@ async fn start_up(
     scratch: &Path,
     internet: &Internet,
     model: &Model,
+    gateway: Option<&Prepared>,
 ) -> Result<(Child, UpInfo), Failure> {
     let config = scratch.join("up.toml");
-    std::fs::write(&config, &model.config).doing(|| format!("cannot write {}", config.display()))?;
+    let dir = gateway.map_or_else(|| scratch.join("d"), Prepared::state);
+    // A table of its own, so it comes last.
+    let text = model.config.clone() + &gateway.map(Prepared::config).unwrap_or_default();
+    std::fs::write(&config, text).doing(|| format!("cannot write {}", config.display()))?;
     let mut command = Command::new(exe);
     command
         .arg("up")
@@ -346,7 +390,7 @@ async fn start_up(
         .args(["--listen", "127.0.0.1:0", "--log", "debug"])
         .args(["--egress-resolver", &internet.addresses.dns().to_string()])
         .arg("--dir")
-        .arg(scratch.join("d"))
+        .arg(&dir)
         .arg("--config")
         .arg(&config);
     for (option, path) in [("--runsc", &options.runsc), ("--ateom", &options.ateom)] {
@@ -380,7 +424,7 @@ async fn start_up(
             Err(Failure::general(format!("substrate up did not start:\n{}", text.trim())))
         }
         Err(_) => {
-            end_up(&mut up, &scratch.join("d")).await;
+            end_up(&mut up, &dir).await;
             Err(Failure::general(format!("substrate up was not ready within {} s", UP_PATIENCE.as_secs())))
         }
     }
@@ -392,11 +436,14 @@ fn workers_of(class: &str) -> [String; 4] {
     ["--workers".to_owned(), gvisor.to_string(), "--microvm-workers".to_owned(), microvm.to_string()]
 }
 
-async fn connect(info: &UpInfo) -> Result<(Control, Gateway, String), Failure> {
+async fn connect(info: &UpInfo, prepared: Option<Prepared>) -> Result<(Control, Gateway, String), Failure> {
     let channel = connect_unix(&info.api_socket)
         .await
         .doing(|| format!("cannot connect to the control plane at {}", info.api_socket.display()))?;
-    let gateway = Gateway::connect(&info.driver_socket).await?;
+    let gateway = match prepared {
+        Some(prepared) => Gateway::Stock(prepared.start().await?),
+        None => Gateway::Double(Double::connect(&info.driver_socket).await?),
+    };
     let token = sign(&info.dir, WORKSPACE, None, Duration::from_hours(1))?;
     Ok((control(channel), gateway, token))
 }

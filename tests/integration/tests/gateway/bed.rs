@@ -79,24 +79,51 @@ impl Bed {
         let machine =
             Machine::start_in(dir, None, workers, &["--config", up.to_str().context("a path in UTF-8")?])
                 .await?;
-        let log = std::fs::File::create(root.path().join("gateway.log"))?;
-        let gateway = Command::new(bins.join("openshell-gateway"))
-            .arg("--config")
-            .arg(&config)
-            .env("XDG_STATE_HOME", root.path())
-            .env("XDG_CONFIG_HOME", root.path())
-            .stdout(Stdio::from(log.try_clone()?))
-            .stderr(Stdio::from(log))
-            .kill_on_drop(true)
-            .spawn()
-            .context("openshell-gateway")?;
+        let gateway = spawn_gateway(&bins, root.path(), &config)?;
         let endpoint = format!("http://127.0.0.1:{port}");
         let bed = Self { machine, gateway, bins, root, endpoint, metrics };
-        bed.until("the gateway answers", async |bed| {
-            Ok(bed.cli(&["sandbox", "list"]).await?.status.success())
-        })
-        .await?;
+        bed.until_it_answers().await?;
         Ok(bed)
+    }
+
+    async fn until_it_answers(&self) -> Result<()> {
+        let answers = async |bed: &Self| Ok(bed.cli(&["sandbox", "list"]).await?.status.success());
+        self.until("the gateway answers", answers).await
+    }
+
+    /// Kills the gateway.
+    pub async fn kill_gateway(&mut self) -> Result<()> {
+        Ok(self.gateway.kill().await?)
+    }
+
+    /// Starts it again, as it was.
+    pub async fn start_gateway(&mut self) -> Result<()> {
+        self.gateway = spawn_gateway(&self.bins, self.root.path(), &self.root.path().join("gateway.toml"))?;
+        self.until_it_answers().await
+    }
+
+    /// Another gateway on the same driver, with a store and a port of its own.
+    pub async fn second_gateway(&self) -> Result<Second> {
+        let root = tempfile::Builder::new().prefix("gw2-").tempdir_in("/tmp")?;
+        let (port, metrics) = (free_port()?, free_port()?);
+        let text = std::fs::read_to_string(self.root.path().join("gateway.toml"))?
+            .replace(&format!("127.0.0.1:{}", self.port()), &format!("127.0.0.1:{port}"))
+            .replace(&format!("127.0.0.1:{}", self.metrics), &format!("127.0.0.1:{metrics}"));
+        let config = root.path().join("gateway.toml");
+        std::fs::write(&config, text)?;
+        let gateway = spawn_gateway(&self.bins, root.path(), &config)?;
+        let second = Second {
+            openshell: self.bins.join("openshell"),
+            endpoint: format!("http://127.0.0.1:{port}"),
+            root,
+            _gateway: gateway,
+        };
+        let began = tokio::time::Instant::now();
+        while second.list().await.is_err() {
+            ensure!(began.elapsed() < PATIENCE, "{}", tail(&second.root.path().join("gateway.log")));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(second)
     }
 
     /// Runs `openshell`.
@@ -364,6 +391,55 @@ impl Bed {
 
     fn sandbox_logs(&self) -> String {
         tail(&self.machine.dir.join("logs/substrate.log"))
+    }
+}
+
+fn spawn_gateway(bins: &Path, root: &Path, config: &Path) -> Result<Child> {
+    let log = std::fs::File::options().append(true).create(true).open(root.join("gateway.log"))?;
+    Command::new(bins.join("openshell-gateway"))
+        .arg("--config")
+        .arg(config)
+        .env("XDG_STATE_HOME", root)
+        .env("XDG_CONFIG_HOME", root)
+        .stdout(Stdio::from(log.try_clone()?))
+        .stderr(Stdio::from(log))
+        .kill_on_drop(true)
+        .spawn()
+        .context("openshell-gateway")
+}
+
+/// Another gateway.
+pub struct Second {
+    openshell: PathBuf,
+    endpoint: String,
+    root: tempfile::TempDir,
+    _gateway: Child,
+}
+
+impl Second {
+    async fn openshell(&self, arguments: &[&str]) -> Result<Output> {
+        let run = Command::new(&self.openshell)
+            .args(arguments)
+            .env("OPENSHELL_GATEWAY_ENDPOINT", &self.endpoint)
+            .env("XDG_STATE_HOME", self.root.path())
+            .env("XDG_CONFIG_HOME", self.root.path())
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output();
+        tokio::time::timeout(PATIENCE, run).await.context("openshell does not end")?.context("openshell")
+    }
+
+    /// Its sandboxes.
+    pub async fn list(&self) -> Result<Vec<serde_json::Value>> {
+        let output = self.openshell(&["sandbox", "list", "-o", "json"]).await?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// Tries to create a sandbox.
+    pub async fn create(&self, name: &str) -> Result<Output> {
+        self.openshell(&["sandbox", "create", "--name", name, "--detach", "--", "sleep", "1"]).await
     }
 }
 

@@ -6,6 +6,7 @@
 //! when it is set). `SUBSTRATE_SLEEP_CYCLES` says how often a sandbox sleeps and wakes under
 //! load (default 20).
 mod bed;
+mod faults;
 mod features;
 mod moves;
 

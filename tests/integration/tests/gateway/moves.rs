@@ -274,6 +274,42 @@ async fn many_sleeps_under_load_change_no_phase_and_lose_no_byte() -> Result<()>
     bed.stop().await
 }
 
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_token_is_renewed_while_its_sandbox_sleeps() -> Result<()> {
+    const TTL: u64 = 6;
+    let mut bed = Bed::start_with(&bin_dir()?, 1, TTL).await?;
+    let uid = bed.create("alice", &["sleep", "100000"]).await?;
+    bed.fall_asleep(&uid).await?;
+    let renewals = async |bed: &Bed| {
+        let calls = bed.calls().await?;
+        Ok::<_, anyhow::Error>(
+            calls
+                .iter()
+                .filter(|(method, _)| method.contains("RefreshSandboxToken"))
+                .map(|(_, n)| n)
+                .sum::<u64>(),
+        )
+    };
+    let before = renewals(&bed).await?;
+    // Twice its life: what the supervisor holds has expired.
+    bed.until("the hub renews it", async |bed| Ok(renewals(bed).await? >= before + 3)).await?;
+    ensure!(bed.actor(&uid).await?.generation == 1, "woken for a token");
+    ensure!(bed.phase("alice").await? == "Ready");
+    ensure!(bed.exec("alice", "echo here").await? == "here");
+    // The hub dies, and comes back to a sandbox that sleeps with an old token.
+    bed.fall_asleep(&uid).await?;
+    let before = renewals(&bed).await?;
+    bed.until("the hub renews it again", async |bed| Ok(renewals(bed).await? >= before + 2)).await?;
+    bed.machine.kill();
+    bed.machine.restart().await?;
+    bed.until_phase("alice", "Ready").await?;
+    let before = renewals(&bed).await?;
+    bed.until("the hub that came back renews it", async |bed| Ok(renewals(bed).await? >= before + 2)).await?;
+    ensure!(bed.exec("alice", "echo still here").await? == "still here");
+    bed.stop().await
+}
+
 /// Runs a command on an input; its output and code.
 async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<(Vec<u8>, Option<i32>)> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
