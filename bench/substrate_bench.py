@@ -4,6 +4,7 @@
 import contextlib
 import http.client
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -18,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 from runsc_facts.harness import REPO, Lab, Net, Sandbox, ms, quantile, say  # noqa: E402
 
 RUNSC = REPO / "target" / "tools" / "runsc"
-RELEASE = REPO / "target" / "release"
+RELEASE = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target")) / "release"
 COUNTER = REPO / "target" / "images" / "counter"
 
 
@@ -35,13 +36,13 @@ def build():
 class Machine:
     """A `substrate up` in a directory of its own, with one counter actor."""
 
-    def __init__(self, workers=2):
+    def __init__(self, workers=2, more=()):
         self.root = pathlib.Path(tempfile.mkdtemp(prefix="sb-"))
         self.dir = self.root / "d"
         self.log = open(self.root / "up.err", "w", encoding="utf-8")
         self.process = subprocess.Popen(
             [RELEASE / "substrate", "up", "--json", "--dir", self.dir, "--workers", str(workers),
-             "--listen", "127.0.0.1:0", "--runsc", RUNSC],
+             "--listen", "127.0.0.1:0", "--runsc", RUNSC, *more],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, text=True,
         )  # fmt: skip
         line = self.process.stdout.readline()

@@ -177,7 +177,7 @@ fn sha256_file(path: &Path) -> std::io::Result<String> {
 }
 
 /// Features of the processor, sorted; the flags of /proc/cpuinfo.
-fn cpu_features() -> Vec<String> {
+pub(crate) fn cpu_features() -> Vec<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("flags") || line.starts_with("Features"));
     let mut features: Vec<String> = line

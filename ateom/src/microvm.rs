@@ -35,18 +35,22 @@ use crate::runtime::{
 };
 
 mod agent;
+pub mod cloud_hypervisor;
+pub mod firecracker;
 mod initramfs;
 pub mod jail;
 mod memory;
+mod process;
 pub mod qemu;
 mod qmp;
-mod spec;
+mod rest;
+pub mod spec;
 mod streams;
 pub mod vmm;
 
 use agent::Agent;
 use spec::Layout;
-use vmm::{Home, Kernel, Saved, Vm, Vmm};
+use vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm};
 
 /// The class's name on the wire.
 pub const CLASS: &str = "microvm";
@@ -110,6 +114,28 @@ pub enum MicrovmError {
     Files(#[from] RuntimeError),
 }
 
+/// Which backend a binary is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Qemu,
+    CloudHypervisor,
+    Firecracker,
+}
+
+impl Kind {
+    /// From what it says when it is asked for its version; QEMU's backend says of anything else that it is none.
+    fn of(said: &str) -> Self {
+        let is = |name: &str| said.lines().any(|line| line.starts_with(name));
+        if is("Firecracker v") {
+            Self::Firecracker
+        } else if is("cloud-hypervisor v") {
+            Self::CloudHypervisor
+        } else {
+            Self::Qemu
+        }
+    }
+}
+
 /// The class, for one VMM and kernel.
 #[derive(Debug)]
 pub struct Microvm {
@@ -124,35 +150,59 @@ fn sha256_file(path: &Path) -> std::io::Result<String> {
 }
 
 impl Microvm {
-    /// Checks VMM and kernel and builds the initramfs. `kernel` holds `vmlinuz` and `modules/` (the kernel's
+    /// Checks VMM and kernel and builds the initramfs. `monitor` is a QEMU, or one of the experimental ones, told by what
+    /// it says of itself. `kernel` holds `vmlinuz` (for QEMU) or `vmlinux` (for the others) and `modules/` (the kernel's
     /// `/lib/modules/VERSION`). Runs processes: call before children are reaped elsewhere.
     ///
     /// # Errors
     /// See [`MicrovmError`].
     pub fn new(
-        qemu: &Path,
+        monitor: &Path,
         pinned: Option<&str>,
         kernel: &Path,
         directory: &Path,
     ) -> Result<Self, MicrovmError> {
-        let missing = |source| MicrovmError::Missing { path: qemu.to_owned(), source };
-        let digest = sha256_file(qemu).map_err(missing)?;
+        let missing = |source| MicrovmError::Missing { path: monitor.to_owned(), source };
+        let digest = sha256_file(monitor).map_err(missing)?;
         if let Some(wanted) = pinned
             && !wanted.eq_ignore_ascii_case(&digest)
         {
             let wanted = wanted.to_owned();
-            return Err(MicrovmError::Digest { path: qemu.to_owned(), found: digest, wanted });
+            return Err(MicrovmError::Digest { path: monitor.to_owned(), found: digest, wanted });
         }
-        let image = kernel.join("vmlinuz");
+        let kind = Kind::of(&process::ask(monitor, &["--version"])?);
+        let (image, more) = match kind {
+            Kind::Qemu => ("vmlinuz", &[][..]),
+            Kind::CloudHypervisor => ("vmlinux", &["vmw_vsock_virtio_transport"][..]),
+            Kind::Firecracker => ("vmlinux", &["virtio_mmio", "vmw_vsock_virtio_transport"][..]),
+        };
+        let image = kernel.join(image);
         let kernel_digest =
             sha256_file(&image).map_err(|source| MicrovmError::Kernel { path: image.clone(), source })?;
-        let content = initramfs::build(&kernel.join("modules"))?;
+        let content = initramfs::build(&kernel.join("modules"), more)?;
         let initramfs_digest = hex::encode(Sha256::digest(&content));
         let initramfs = directory.join("initramfs");
         std::fs::write(&initramfs, content).map_err(file_error("write", &initramfs))?;
-        let preload = directory.join("private.so");
-        std::fs::write(&preload, qemu::PRELOAD).map_err(file_error("write", &preload))?;
-        let vmm = qemu::Qemu::new(qemu, digest, Kernel { image, initramfs }, preload)?;
+        let kernel = Kernel { image, initramfs };
+        let vmm: Arc<dyn Vmm> = match kind {
+            Kind::Qemu => {
+                let preload = directory.join("private.so");
+                std::fs::write(&preload, qemu::PRELOAD).map_err(file_error("write", &preload))?;
+                Arc::new(qemu::Qemu::new(monitor, digest, kernel, preload)?)
+            }
+            Kind::CloudHypervisor => {
+                Arc::new(cloud_hypervisor::CloudHypervisor::new(monitor, digest, kernel)?)
+            }
+            Kind::Firecracker => Arc::new(firecracker::Firecracker::new(monitor, digest, kernel)?),
+        };
+        if vmm.capabilities().experimental {
+            let (name, version) = (vmm.capabilities().name, &vmm.capabilities().version);
+            tracing::warn!(
+                name,
+                version,
+                "this machine monitor is experimental: nobody has seen Linux boot under it"
+            );
+        }
         let capabilities = vmm.capabilities();
         let mut facts: BTreeMap<String, String> = capabilities.restore_requires.clone();
         for (name, value) in
@@ -170,7 +220,7 @@ impl Microvm {
             checkpoint_keeps_running: capabilities.pause,
             incremental: capabilities.incremental,
         };
-        Ok(Self { vmm: Arc::new(vmm), description })
+        Ok(Self { vmm, description })
     }
 }
 
@@ -456,6 +506,12 @@ impl Sandbox for MicrovmSandbox {
     ) -> Result<Vec<SnapshotFile>, RuntimeError> {
         let running = self.running()?;
         let agent = running.agent()?;
+        let Capabilities { name, pause, .. } = self.vmm.capabilities();
+        if keep_running && !pause {
+            let why =
+                format!("{name} cannot let a machine go on after a snapshot; suspend or pause the actor");
+            return Err(RuntimeError::CheckpointRefused(why));
+        }
         if let Err(error) = steps.time("quiesce", running.with_agent(agent.quiesce(TURN_LIMIT))).await {
             return Err(self.go_on(running, error).await);
         }
@@ -523,4 +579,17 @@ fn fsync(directory: &Path, names: &[String]) -> Result<(), RuntimeError> {
         File::open(&path).and_then(|file| file.sync_all()).map_err(file_error("fsync", &path))?;
     }
     File::open(directory).and_then(|file| file.sync_all()).map_err(file_error("fsync", directory))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_is_told_by_what_it_says() {
+        assert_eq!(Kind::of("QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright\n"), Kind::Qemu);
+        assert_eq!(Kind::of("cloud-hypervisor v54.0.0\n"), Kind::CloudHypervisor);
+        assert_eq!(Kind::of("Firecracker v1.12.1\n\n[main] exiting\n"), Kind::Firecracker);
+        assert_eq!(Kind::of("something else"), Kind::Qemu);
+    }
 }

@@ -17,6 +17,7 @@ mod ioctl {
     nix::ioctl_read_bad!(tiocgwinsz, libc::TIOCGWINSZ, libc::winsize);
     // linux/if_tun.h
     nix::ioctl_write_ptr_bad!(tunsetiff, 0x4004_54ca, libc::ifreq);
+    nix::ioctl_write_int_bad!(tunsetpersist, 0x4004_54cb);
 }
 
 /// A descriptor that becomes readable when the process ends (pidfd_open(2)).
@@ -107,4 +108,11 @@ pub(crate) fn make_tap(name: &str) -> io::Result<OwnedFd> {
     // SAFETY: `request` lives through the call, which only reads it.
     unsafe { ioctl::tunsetiff(file.as_raw_fd(), &raw const request) }?;
     Ok(file.into())
+}
+
+/// Lets a tap be there without its descriptor, until its link is deleted.
+pub(crate) fn keep_tap(tap: &OwnedFd) -> io::Result<()> {
+    // SAFETY: an integer argument.
+    unsafe { ioctl::tunsetpersist(tap.as_raw_fd(), 1) }?;
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;
 use std::process::Stdio;
@@ -70,6 +70,13 @@ impl Link {
         }
     }
 
+    /// Writes to another connection from now on.
+    fn replace(&self, port: &File) -> Result<(), String> {
+        let writer = port.try_clone().map_err(|error| format!("cannot copy the port: {error}"))?;
+        locked(&self.port).0 = writer;
+        Ok(())
+    }
+
     /// Ends the silence.
     fn speak(&self) {
         locked(&self.port).1 = false;
@@ -119,27 +126,63 @@ struct Agent {
 }
 
 /// Serves the host for ever.
-pub fn serve(port: File) -> Result<Infallible, String> {
-    let writer = port.try_clone().map_err(|error| format!("cannot copy the port: {error}"))?;
-    let link = Arc::new(Link { port: Mutex::new((writer, false)), changed: Condvar::new() });
-    let agent = Arc::new(Agent { link, state: Mutex::default() });
-    agent.link.tell(&FromGuest::Hello { version: VERSION });
-    let mut port = Port(port);
-    loop {
-        let frame = Frame::read(&mut port).map_err(|error| format!("cannot read from the host: {error}"))?;
-        match frame.kind {
-            Kind::Control => match serde_json::from_slice(&frame.payload) {
-                Ok(message) => agent.handle(message),
-                Err(error) => return Err(format!("the host says what this agent does not know: {error}")),
-            },
-            Kind::Stdin => {
-                let state = locked(&agent.state);
-                if let Some(input) = state.execs.get(&frame.channel).and_then(|exec| exec.input.as_ref()) {
-                    // Its process may be gone.
-                    let _ = input.send(frame.payload);
-                }
+pub fn serve(port: boot::Port) -> Result<Infallible, String> {
+    match port {
+        boot::Port::Serial(port) => {
+            let agent = Agent::new(&port)?;
+            agent.link.tell(&FromGuest::Hello { version: VERSION });
+            Err(agent.listen(Port(port)))
+        }
+        boot::Port::Vsock(listener) => {
+            let first = accept(&listener)?;
+            let agent = Agent::new(&first)?;
+            agent.link.tell(&FromGuest::Hello { version: VERSION });
+            let mut connection = first;
+            loop {
+                // The host goes with its end of the connection and comes back with a new one: a restore.
+                let ended = agent.listen(connection);
+                crate::say(&format!("the host's connection ended: {ended}"));
+                connection = accept(&listener)?;
+                agent.link.replace(&connection)?;
             }
-            Kind::Stdout | Kind::Stderr | Kind::Log => {}
+        }
+    }
+}
+
+fn accept(listener: &OwnedFd) -> Result<File, String> {
+    let accepted = nix::sys::socket::accept4(listener.as_raw_fd(), nix::sys::socket::SockFlag::SOCK_CLOEXEC);
+    accepted.map(sys::accepted).map_err(|errno| format!("cannot accept the host's connection: {errno}"))
+}
+
+impl Agent {
+    fn new(port: &File) -> Result<Arc<Self>, String> {
+        let writer = port.try_clone().map_err(|error| format!("cannot copy the port: {error}"))?;
+        let link = Arc::new(Link { port: Mutex::new((writer, false)), changed: Condvar::new() });
+        Ok(Arc::new(Self { link, state: Mutex::default() }))
+    }
+
+    /// Does what the host asks until its stream ends; returns why.
+    fn listen(self: &Arc<Self>, mut port: impl Read) -> String {
+        loop {
+            let frame = match Frame::read(&mut port) {
+                Ok(frame) => frame,
+                Err(error) => return format!("cannot read from the host: {error}"),
+            };
+            match frame.kind {
+                Kind::Control => match serde_json::from_slice(&frame.payload) {
+                    Ok(message) => self.handle(message),
+                    Err(error) => return format!("the host says what this agent does not know: {error}"),
+                },
+                Kind::Stdin => {
+                    let state = locked(&self.state);
+                    if let Some(input) = state.execs.get(&frame.channel).and_then(|exec| exec.input.as_ref())
+                    {
+                        // Its process may be gone.
+                        let _ = input.send(frame.payload);
+                    }
+                }
+                Kind::Stdout | Kind::Stderr | Kind::Log => {}
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,8 +12,8 @@ use ateom_guest::{Boot, PORT};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, VsockAddr, bind, recv,
+    send, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
@@ -46,8 +46,17 @@ fn mount_kind(kind: &str, at: &str, flags: MsFlags, data: &str) -> Result<(), St
         .map_err(|errno| format!("cannot mount {kind} at {at}: {errno}"))
 }
 
+/// The way to the host.
+#[derive(Debug)]
+pub enum Port {
+    /// A virtio-serial port: one stream for the machine's whole life.
+    Serial(File),
+    /// A listening vsock: a restore breaks the connection, and the host connects again.
+    Vsock(OwnedFd),
+}
+
 /// Makes a system of the initramfs; returns the agent's port.
-pub fn prepare() -> Result<File, String> {
+pub fn prepare() -> Result<Port, String> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
     mount_kind("proc", "/proc", plain, "")?;
     mount_kind("sysfs", "/sys", plain, "")?;
@@ -60,8 +69,27 @@ pub fn prepare() -> Result<File, String> {
     for dir in [IMAGES, VOLUMES, DELIVERIES, CONTAINERS, ETC] {
         fs::create_dir_all(dir).map_err(failed(format!("make {dir}")))?;
     }
+    let arguments = fs::read_to_string("/proc/cmdline").map_err(failed("read the kernel's arguments"))?;
+    if let Some(port) = vsock_port(&arguments) {
+        return listen(port)
+            .map(Port::Vsock)
+            .map_err(|errno| format!("cannot listen on vsock port {port}: {errno}"));
+    }
     let port = events.wait_for("the agent's virtio-serial port", agent_port)?;
-    File::options().read(true).write(true).open(&port).map_err(failed(format!("open {}", port.display())))
+    let opened = File::options().read(true).write(true).open(&port);
+    opened.map(Port::Serial).map_err(failed(format!("open {}", port.display())))
+}
+
+/// The vsock port that the host names, where there is no virtio-serial.
+fn vsock_port(arguments: &str) -> Option<u32> {
+    arguments.split_ascii_whitespace().find_map(|word| word.strip_prefix("ateom.vsock=")?.parse().ok())
+}
+
+fn listen(port: u32) -> Result<OwnedFd, Errno> {
+    let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(nix::libc::VMADDR_CID_ANY, port))?;
+    nix::sys::socket::listen(&listener, Backlog::new(1)?)?;
+    Ok(listener)
 }
 
 fn load_modules() -> Result<(), String> {
@@ -287,4 +315,16 @@ fn netlink(what: &str, kind: u16, flags: u16, body: &[u8]) -> Result<(), String>
         if code == 0 { Ok(()) } else { Err(Errno::from_raw(-code)) }
     };
     ask().map_err(|errno| format!("cannot {what}: {errno}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_names_a_vsock_port_or_none() {
+        assert_eq!(vsock_port("console=ttyS0 quiet ateom.vsock=1024 panic=-1\n"), Some(1024));
+        assert_eq!(vsock_port("console=ttyS0 quiet"), None);
+        assert_eq!(vsock_port("ateom.vsock=x"), None);
+    }
 }

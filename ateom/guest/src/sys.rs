@@ -155,3 +155,9 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
     Ok(fd)
 }
+
+/// Takes over a descriptor that the kernel just made.
+pub fn accepted(fd: RawFd) -> std::fs::File {
+    // SAFETY: accept4(2) made it for us and nobody else owns it.
+    unsafe { std::fs::File::from_raw_fd(fd) }
+}

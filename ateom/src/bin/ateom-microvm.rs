@@ -13,13 +13,13 @@ use clap::Parser;
 struct Arguments {
     #[command(flatten)]
     worker: worker::Config,
-    /// The QEMU binary.
+    /// The QEMU binary, or that of an experimental monitor (cloud-hypervisor, Firecracker).
     #[arg(long)]
     qemu: PathBuf,
     /// sha256 (hex) that it must have.
     #[arg(long)]
     qemu_sha256: Option<String>,
-    /// Directory of the guests' kernel: vmlinuz and modules/.
+    /// Directory of the guests' kernel: vmlinuz (for the experimental ones: vmlinux) and modules/.
     #[arg(long)]
     kernel: PathBuf,
 }

@@ -40,17 +40,17 @@ pub enum InitramfsError {
     },
 }
 
-/// The initramfs for the modules of `directory` (`…/lib/modules/VERSION`).
+/// The initramfs for the modules of `directory` (`…/lib/modules/VERSION`), with `more` than every guest needs.
 ///
 /// # Errors
 /// See [`InitramfsError`].
-pub fn build(directory: &Path) -> Result<Vec<u8>, InitramfsError> {
+pub fn build(directory: &Path, more: &[&str]) -> Result<Vec<u8>, InitramfsError> {
     let mut archive = Archive::default();
     archive.directory("dev");
     archive.device("dev/console", 5, 1);
     archive.device("dev/null", 1, 3);
     archive.directory("modules");
-    for (number, (name, content)) in modules(directory)?.into_iter().enumerate() {
+    for (number, (name, content)) in modules(directory, more)?.into_iter().enumerate() {
         archive.file(&format!("modules/{number:02}-{name}.ko"), &content, 0o644);
     }
     archive.file("init", INIT, 0o755);
@@ -58,7 +58,7 @@ pub fn build(directory: &Path) -> Result<Vec<u8>, InitramfsError> {
 }
 
 /// The wanted modules and what they depend on, in the order in which they are to be loaded.
-fn modules(directory: &Path) -> Result<Vec<(String, Vec<u8>)>, InitramfsError> {
+fn modules(directory: &Path, more: &[&str]) -> Result<Vec<(String, Vec<u8>)>, InitramfsError> {
     let built_in: BTreeSet<String> = std::fs::read_to_string(directory.join("modules.builtin"))
         .unwrap_or_default()
         .lines()
@@ -68,7 +68,7 @@ fn modules(directory: &Path) -> Result<Vec<(String, Vec<u8>)>, InitramfsError> {
     find(&directory.join("kernel"), &mut paths)?;
     let mut order = Vec::new();
     let mut seen = BTreeSet::new();
-    for name in WANTED {
+    for name in more.iter().copied().chain(WANTED) {
         visit(name, directory, &paths, &built_in, &mut seen, &mut order)?;
     }
     Ok(order)
@@ -224,11 +224,11 @@ mod tests {
         ] {
             std::fs::write(drivers.join(format!("{file}.ko")), module(depends)).unwrap();
         }
-        let error = build(dir.path()).unwrap_err().to_string();
+        let error = build(dir.path(), &[]).unwrap_err().to_string();
         assert!(error.contains("lack erofs"), "{error}");
         std::fs::write(drivers.join("erofs.ko.zst"), zstd::encode_all(module("").as_slice(), 1).unwrap())
             .unwrap();
-        let order = modules(dir.path()).unwrap();
+        let order = modules(dir.path(), &[]).unwrap();
         let names: Vec<&str> = order.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(
             names,

@@ -30,15 +30,14 @@ use async_trait::async_trait;
 use serde_json::json;
 use substrate_proto::ateom::SnapshotFile;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
 
 use super::jail;
 use super::memory::{self, Private, Rest};
+use super::process::{self, Place, Process, Program};
 use super::qmp::{Qmp, QmpError};
 use super::spec::Machine;
-use super::vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm};
+use super::vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm, parse_version};
 use crate::cgroup::blocking;
-use crate::launcher::Streams;
 use crate::microvm::MicrovmError;
 use crate::network::ACTOR_MAC;
 use crate::runtime::{RuntimeError, Steps, file_error};
@@ -65,8 +64,6 @@ pub const DEVICES: &str = "devices";
 const FILE_MODES: [bool; 2] = [true, false];
 /// Between attempts to go on after a failed snapshot.
 const SETTLE: Duration = Duration::from_millis(10);
-/// Lines of the console that an error shows; of a panic those around its first.
-const LAST_LINES: usize = 12;
 
 /// The QEMU backend for one binary and kernel.
 #[derive(Debug)]
@@ -89,27 +86,8 @@ impl Qemu {
         kernel: Kernel,
         preload: PathBuf,
     ) -> Result<Self, MicrovmError> {
-        let ask = |args: &[&str]| {
-            let output = std::process::Command::new(binary)
-                .args(args)
-                .stdin(std::process::Stdio::null())
-                .output()
-                .map_err(|source| MicrovmError::Missing { path: binary.to_owned(), source })?;
-            if !output.status.success() {
-                let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-                return Err(MicrovmError::Unsuitable {
-                    path: binary.to_owned(),
-                    lack: format!(
-                        "ends with {} when it is asked for {}: {said}",
-                        output.status,
-                        args.join(" ")
-                    ),
-                });
-            }
-            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-        };
         let unsuitable = |lack: String| MicrovmError::Unsuitable { path: binary.to_owned(), lack };
-        let said = ask(&["--version"])?;
+        let said = process::ask(binary, &["--version"])?;
         let version = said
             .lines()
             .next()
@@ -124,7 +102,7 @@ impl Qemu {
                 OLDEST.0, OLDEST.1
             )));
         }
-        let machines = ask(&["-machine", "help"])?;
+        let machines = process::ask(binary, &["-machine", "help"])?;
         let machine =
             versioned_machine(&machines).ok_or_else(|| unsuitable("has no q35 machine".to_owned()))?;
         let requires = [("accel", "tcg"), ("machine", &machine), ("cpu", CPU), ("devices", DEVICE_LIST)];
@@ -236,8 +214,6 @@ impl Qemu {
         let live = home.memory.join(MEMORY);
         let memory = saved.as_ref().map_or(live.as_path(), |(path, _)| path);
         let (qmp, agent) = (listen(&home.directory, "qmp.sock")?, listen(&home.directory, "agent.sock")?);
-        let log = home.directory.join("vmm.log");
-        let file = File::create(&log).map_err(file_error("create", &log))?;
         let args = self.arguments(&home, machine, memory, saved.is_some());
         let mut environment = Vec::new();
         if let Some((path, file)) = &saved {
@@ -248,26 +224,15 @@ impl Qemu {
         let writable = machine.disks.iter().filter(|disk| !disk.read_only);
         let files: Vec<(bool, PathBuf)> =
             writable.flat_map(|disk| FILE_MODES.map(|write| (write, disk.path.clone()))).collect();
-        let argv =
-            jail::command(&home.network_namespace, &home.directory, &self.binary, &files, &environment, args);
-        let mut streams = Streams::output(file.into()).map_err(file_error("open", Path::new("/dev/null")))?;
-        streams.stdin = home.tap;
-        let mut job = home.launcher.spawn(argv, streams, false).await?;
-        let (dead, died) = watch::channel(None);
-        let (console, launcher) = (home.memory.join("console"), home.launcher.clone());
-        tokio::spawn(async move {
-            let ended = tokio::select! {
-                ended = job.wait() => match ended {
-                    Ok(exit) if exit.signal != 0 => format!("QEMU was killed by signal {}", exit.signal),
-                    Ok(exit) => format!("QEMU ended with code {}", exit.code),
-                    Err(error) => error.to_string(),
-                },
-                () = launcher.gone() => "the launcher in the actor's cgroup died".to_owned(),
-            };
-            let said = blocking(move || last_words(&log, &console)).await;
-            // The machine may be gone already.
-            dead.send_replace(Some(format!("{ended}{said}")));
-        });
+        let program =
+            Program { who: "QEMU", binary: &self.binary, files: &files, environment: &environment, args };
+        let place = Place {
+            directory: &home.directory,
+            launcher: &home.launcher,
+            network_namespace: &home.network_namespace,
+        };
+        let console = home.memory.join("console");
+        let process = process::start(place, program, Some(home.tap), console).await?;
         let connect = async {
             let (qmp, agent) = tokio::try_join!(accept(&qmp), accept(&agent))?;
             let pid = qmp.peer_cred().ok().and_then(|peer| peer.pid());
@@ -287,14 +252,14 @@ impl Qemu {
             biased;
             connected = tokio::time::timeout(START_LIMIT, connect) => match connected {
                 // It says why when it is dead.
-                Ok(Err(error)) => return Err(RuntimeError::Failed(dead_because(&died, error).await)),
+                Ok(Err(error)) => return Err(process.because(error).await),
                 Ok(Ok(connected)) => connected,
                 Err(_) => {
                     let what = "QEMU's start".to_owned();
                     return Err(RuntimeError::Timeout { what, seconds: START_LIMIT.as_secs() });
                 }
             },
-            why = end_of(died.clone()) => return Err(RuntimeError::Failed(format!("QEMU did not start: {why}"))),
+            why = process.end() => return Err(RuntimeError::Failed(format!("QEMU did not start: {why}"))),
         };
         let memory = match saved {
             None => Memory::Live(live),
@@ -314,35 +279,16 @@ impl Qemu {
         Ok(QemuVm {
             qmp: tokio::sync::Mutex::new(qmp),
             agent: Mutex::new(Some(agent)),
-            died,
+            process,
             memory,
             size: machine.memory,
         })
     }
 }
 
-/// Why a machine is gone, once it is.
-async fn end_of(mut died: watch::Receiver<Option<String>>) -> String {
-    match died.wait_for(Option::is_some).await {
-        Ok(why) => why.clone().unwrap_or_default(),
-        Err(_) => "nobody watches QEMU any more".to_owned(),
-    }
-}
-
-/// What is known of the end of a machine whose connection failed.
-async fn dead_because(died: &watch::Receiver<Option<String>>, error: RuntimeError) -> String {
-    let known = tokio::time::timeout(Duration::from_secs(1), end_of(died.clone())).await;
-    known.unwrap_or_else(|_| error.to_string())
-}
-
 /// QEMU's option syntax: a comma in a value is written twice.
 fn comma(value: &str) -> String {
     value.replace(',', ",,")
-}
-
-fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut parts = text.split(['.', ' ', '(']);
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 /// The versioned type that `q35` is an alias of.
@@ -365,25 +311,6 @@ async fn accept(listener: &UnixListener) -> Result<UnixStream, RuntimeError> {
     accepted
         .map(|(stream, _)| stream)
         .map_err(|error| RuntimeError::Failed(format!("QEMU cannot connect: {error}")))
-}
-
-/// What QEMU and the guest's console said last, for an error's end.
-fn last_words(log: &Path, console: &Path) -> String {
-    let tail = |path: &Path| {
-        let text =
-            std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        let panic = lines.iter().position(|line| line.contains("panic"));
-        let first = panic.map_or(lines.len().saturating_sub(LAST_LINES), |line| line.saturating_sub(2));
-        lines[first..lines.len().min(first + LAST_LINES)].join(" | ")
-    };
-    let mut said = String::new();
-    for (who, text) in [("it said", tail(log)), ("the guest's console ends with", tail(console))] {
-        if !text.is_empty() {
-            said.extend(["; ", who, ": ", &text]);
-        }
-    }
-    said
 }
 
 #[async_trait]
@@ -438,7 +365,7 @@ enum Memory {
 struct QemuVm {
     qmp: tokio::sync::Mutex<Qmp>,
     agent: Mutex<Option<UnixStream>>,
-    died: watch::Receiver<Option<String>>,
+    process: Process,
     memory: Memory,
     size: u64,
 }
@@ -455,7 +382,7 @@ impl QemuVm {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(QmpError::Gone(during))) => {
                 let error = RuntimeError::Failed(format!("QEMU ended during {during}"));
-                Err(RuntimeError::Failed(dead_because(&self.died, error).await))
+                Err(self.process.because(error).await)
             }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(RuntimeError::Timeout { what: what.to_owned(), seconds: limit.as_secs() }),
@@ -560,7 +487,7 @@ impl Vm for QemuVm {
     }
 
     async fn died(&self) -> String {
-        end_of(self.died.clone()).await
+        self.process.end().await
     }
 }
 

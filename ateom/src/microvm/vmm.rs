@@ -17,6 +17,17 @@ use crate::microvm::memory::Rest;
 use crate::microvm::spec::Machine;
 use crate::runtime::{RuntimeError, Steps};
 
+/// The guest's vsock port on which its agent listens, where there is no virtio-serial.
+pub const AGENT_PORT: u32 = 1024;
+/// The kernel's argument that names it.
+pub const AGENT_ARGUMENT: &str = "ateom.vsock";
+
+/// Major and minor of a version that begins a text.
+pub fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split(['.', ' ', '(']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
 /// What a backend is and can do.
 #[derive(Debug, Clone, Default)]
 pub struct Capabilities {

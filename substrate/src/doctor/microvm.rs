@@ -41,8 +41,7 @@ pub async fn find(named: Named<'_>, exe: &Path) -> Result<Microvm, String> {
     let version = run(&qemu.display().to_string(), &["--version"])
         .await
         .map_err(|why| format!("{} does not say its version: {why}", qemu.display()))?;
-    let version =
-        version.lines().next().unwrap_or_default().trim_start_matches("QEMU emulator version ").to_owned();
+    let version = version.lines().next().unwrap_or_default().replace("QEMU emulator version", "QEMU");
     let beside = exe.parent().map(|dir| dir.join(ATEOM)).filter(|path| is_executable(path));
     let ateom_binary = beside
         .or_else(|| in_path(ATEOM))
@@ -55,7 +54,8 @@ pub async fn find(named: Named<'_>, exe: &Path) -> Result<Microvm, String> {
     }
     let digest = sha256(&qemu).await.map_err(|error| format!("cannot read {}: {error}", qemu.display()))?;
     let config = atelet::MicrovmConfig { ateom_binary, qemu, qemu_sha256: Some(digest), kernel };
-    Ok(Microvm { config, version, kvm: kvm() })
+    let kvm = kvm(std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm"));
+    Ok(Microvm { config, version, kvm })
 }
 
 /// The directory with `vmlinuz` and `modules/`: named, `$SUBSTRATE_KERNEL`, in `target/tools` of a workspace, or
@@ -85,11 +85,23 @@ fn find_kernel(named: Option<&Path>, environment: Option<PathBuf>, exe: &Path) -
 }
 
 /// Why KVM is not used. It is trusted only where a probe has booted a guest, and there is none yet.
-fn kvm() -> String {
-    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+fn kvm(opened: std::io::Result<std::fs::File>) -> String {
+    match opened {
         Ok(_) => "KVM is there, but no probe has booted a guest under it".to_owned(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => "there is no /dev/kvm".to_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            format!("/dev/kvm cannot be opened: {error}; run as root, or as a member of its group")
+        }
         Err(error) => format!("/dev/kvm cannot be opened: {error}"),
+    }
+}
+
+/// Why the others are not used, or what is to be known of the one that was named.
+fn others(version: &str) -> &'static str {
+    if version.starts_with("Firecracker v") || version.starts_with("cloud-hypervisor v") {
+        "; experimental: nobody has seen Linux boot under it in our tests, and it needs KVM and an ELF vmlinux"
+    } else {
+        "; cloud-hypervisor and Firecracker are experimental, and used only where --qemu names one"
     }
 }
 
@@ -100,10 +112,15 @@ pub fn check(facts: &Facts) -> Check {
         Ok(found) => Check::ok(
             NAME,
             format!(
-                "QEMU {} at {} by emulation (TCG): {}; cloud-hypervisor and Firecracker are not supported yet",
+                "{} at {}{}{}",
                 found.version,
                 found.config.qemu.display(),
-                found.kvm
+                if found.version.starts_with("QEMU") {
+                    format!(" by emulation (TCG): {}", found.kvm)
+                } else {
+                    String::new()
+                },
+                others(&found.version)
             ),
         ),
         Err(why) => Check::with(
@@ -128,7 +145,7 @@ pub(super) fn sample() -> Microvm {
             qemu_sha256: None,
             kernel: "/usr/lib/substrate/microvm".into(),
         },
-        version: "7.2.22".into(),
+        version: "QEMU 7.2.22".into(),
         kvm: "there is no /dev/kvm".into(),
     }
 }
@@ -136,6 +153,17 @@ pub(super) fn sample() -> Microvm {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_kvm_lacks_is_said_with_a_way_out() {
+        use std::io::{Error, ErrorKind};
+        let denied = kvm(Err(Error::from(ErrorKind::PermissionDenied)));
+        assert!(denied.contains("cannot be opened") && denied.contains("member of its group"), "{denied}");
+        assert_eq!(kvm(Err(Error::from(ErrorKind::NotFound))), "there is no /dev/kvm");
+        assert!(kvm(std::fs::File::open("/dev/null")).contains("no probe"));
+        assert!(others("Firecracker v1.12.1").contains("nobody has seen Linux boot"));
+        assert!(others("QEMU 7.2.22").contains("only where --qemu names one"));
+    }
 
     #[test]
     fn a_kernel_is_a_directory_with_its_modules() {
