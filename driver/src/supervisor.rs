@@ -338,6 +338,30 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_cannot_have_a_supervisor_and_says_so() {
+        let mut sandbox = substrate_proto::compute::DriverSandbox {
+            id: "sb-1".to_owned(),
+            name: "alice".to_owned(),
+            spec: Some(substrate_proto::compute::DriverSandboxSpec {
+                template: Some(substrate_proto::compute::DriverSandboxTemplate {
+                    image: "registry.example/agent:1".to_owned(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let asked = json!({"sandboxClass": "microvm"});
+        if let Some(template) = sandbox.spec.as_mut().and_then(|spec| spec.template.as_mut()) {
+            template.driver_config = Some(crate::driver_config::json_to_struct(&asked));
+        }
+        let refused = format!("{:?}", crate::validate::read(&sandbox, &config()).unwrap_err());
+        assert!(refused.contains("sandboxClass") && refused.contains("supervisor"), "{refused}");
+        let none = Config { supervisor: Supervisor::default(), ..config() };
+        crate::validate::read(&sandbox, &none).unwrap();
+    }
+
+    #[test]
     fn readiness_of_the_users_own_is_not_waited_for_and_said() {
         let mut wanted = wanted();
         wanted.config.readiness = Some(crate::driver_config::Readiness::default());

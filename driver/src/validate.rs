@@ -182,6 +182,16 @@ impl Reader {
         };
         self.driver_config(&driver_config);
         let class = self.class(platform.class, driver_config.sandbox_class);
+        // Its image is mounted beside the user's, which that class cannot do.
+        if class.unwrap_or(config.default_sandbox_class) == SandboxClass::Microvm
+            && config.supervisor.mode.has_session()
+        {
+            self.refuse(
+                "spec.template.driver_config.substrate.sandboxClass",
+                "is microvm, into which a supervisor cannot be brought yet: use gvisor, or a driver with \
+                 supervisor.mode = \"none\"",
+            );
+        }
         let premade = self.premade(platform.template, driver_config.template.as_deref());
         let mut advisories = Vec::new();
         let (millicores, memory) = self.resources(&template, &driver_config, &mut advisories);
