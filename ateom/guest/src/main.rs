@@ -13,6 +13,7 @@
 
 mod agent;
 mod boot;
+mod cache;
 mod processes;
 mod stage;
 mod sys;
@@ -24,7 +25,8 @@ fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(stage::ARGUMENT) {
         return stage::run();
     }
-    let Err(error) = boot::prepare().and_then(agent::serve);
+    let begun = boot::prepare().inspect(|_| drop(std::thread::spawn(cache::give_back)));
+    let Err(error) = begun.and_then(agent::serve);
     say(&error);
     ExitCode::FAILURE
 }
