@@ -65,9 +65,15 @@ impl Server {
             "s3.port",
             "s3.port.grpc",
         ];
-        // Held until all are chosen, so that they differ.
-        let held: Vec<TcpListener> =
-            names.iter().map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
+        // Held until all are chosen, so that they differ. Below the range that the system takes ports of connections
+        // from (ip(7), ip_local_port_range): one of those could take them before the server does.
+        let free = || loop {
+            let port = 10_240 + rand::random::<u16>() % 22_000;
+            if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+                break listener;
+            }
+        };
+        let held: Vec<TcpListener> = names.iter().map(|_| free()).collect();
         let ports: Vec<u16> = held.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
         drop(held);
         let mut command = Command::new(program);
