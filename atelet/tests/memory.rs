@@ -60,9 +60,10 @@ fn write_memory(path: &Path, size: u64, dense: u64, seed: u64) {
     }
 }
 
-fn staged(node: &NodeSnapshots, id: &str, size: u64, dense: u64, seed: u64) -> NodeSnapshot {
+/// Takes a snapshot of one file of `size` bytes that `write` writes.
+fn staged(node: &NodeSnapshots, id: &str, size: u64, write: impl FnOnce(&Path)) -> NodeSnapshot {
     let staging = node.stage("u1", id).unwrap();
-    write_memory(&staging.path(FileKind::Memory, "pages.img"), size, dense, seed);
+    write(&staging.path(FileKind::Memory, "pages.img"));
     let draft = Draft {
         snapshot_id: id.into(),
         actor_uid: "u1".into(),
@@ -92,7 +93,8 @@ async fn moving_a_snapshot_takes_little_memory_whatever_its_size() {
         manifest_digest: digest.into(),
     };
 
-    let (first, took) = peak(async { staged(&node, "s1", size, dense, 1) }).await;
+    let (first, took) =
+        peak(async { staged(&node, "s1", size, |path| write_memory(path, size, dense, 1)) }).await;
     assert!(took < LIMIT, "recording {mib} MiB took {took} bytes");
     let (uploaded, took) = peak(durable.upload(&first, "blue", &[])).await;
     assert!(took < LIMIT, "uploading {mib} MiB took {took} bytes");
@@ -101,24 +103,12 @@ async fn moving_a_snapshot_takes_little_memory_whatever_its_size() {
     eprintln!("the first upload took {took} bytes");
 
     // Another one, of which the dense part is new and the rest is the parent's.
-    let second = {
-        let staging = node.stage("u1", "s2").unwrap();
-        let path = staging.path(FileKind::Memory, "pages.img");
-        std::fs::copy(first.path(&first.record.files[0]), &path).unwrap();
+    let second = staged(&node, "s2", size, |path| {
+        std::fs::copy(first.path(&first.record.files[0]), path).unwrap();
         let mut content = vec![0; 16 << 20];
         noise(&mut 99, &mut content);
-        std::fs::File::options().write(true).open(&path).unwrap().write_all_at(&content, 32 << 20).unwrap();
-        drop(content);
-        let draft = Draft {
-            snapshot_id: "s2".into(),
-            actor_uid: "u1".into(),
-            generation: 1,
-            time_ms: 1,
-            memory_bytes: size,
-            compatibility: Compatibility::default(),
-        };
-        node.commit(&staging, draft, &[(FileKind::Memory, "pages.img".into(), size)]).unwrap()
-    };
+        std::fs::File::options().write(true).open(path).unwrap().write_all_at(&content, 32 << 20).unwrap();
+    });
     let (again, took) = peak(async {
         let parent: Manifest = durable.manifest(&wanted("s1", &uploaded.manifest_digest)).await.unwrap();
         durable.upload(&second, "blue", &[parent]).await.unwrap()

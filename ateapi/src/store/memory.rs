@@ -123,13 +123,7 @@ impl Inner {
             }
         }
         for (kind, key, expect) in &tx.deletes {
-            let old = self.objects.get(&(*kind, key.clone())).map(|object| object.revision);
-            let fits = match expect {
-                Expect::Any => true,
-                Expect::Absent => old.is_none(),
-                Expect::Revision(revision) => old == Some(*revision),
-            };
-            if !fits {
+            if !expect.fits(self.objects.get(&(*kind, key.clone())).map(|object| object.revision)) {
                 return Err(StoreError::Conflict { kind: *kind, key: key.clone() });
             }
         }

@@ -122,6 +122,17 @@ pub enum Expect {
     Revision(u64),
 }
 
+impl Expect {
+    /// Whether a row of this revision, or none, is what is expected.
+    fn fits(&self, revision: Option<u64>) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Absent => revision.is_none(),
+            Self::Revision(expected) => revision == Some(*expected),
+        }
+    }
+}
+
 /// A precondition besides the rows written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Check {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteConnection;
 
-use super::{Expect, Kind, StoreError, Tx};
+use super::{Kind, StoreError, Tx};
 
 /// What is known of a row.
 pub(super) struct Row {
@@ -68,13 +68,7 @@ impl Rows {
     /// Whether what a transaction expects of the rows it deletes, and of their revisions, holds.
     pub(super) fn verify_deletes(&self, wanted: &Tx) -> Result<(), StoreError> {
         for (kind, key, expect) in &wanted.deletes {
-            let old = self.revision(*kind, key);
-            let fits = match expect {
-                Expect::Any => true,
-                Expect::Absent => old.is_none(),
-                Expect::Revision(revision) => old == Some(*revision),
-            };
-            if !fits {
+            if !expect.fits(self.revision(*kind, key)) {
                 return Err(StoreError::Conflict { kind: *kind, key: key.clone() });
             }
         }

@@ -18,6 +18,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 use substrate_proto::types::{ActorSpec, Assignment, TemplateSpec, Volume};
 
@@ -185,6 +186,7 @@ impl ActorPlaces {
             return Ok(found);
         }
         private_dir(&volumes)?;
+        let _held = hold(state)?;
         let at = std::fs::read_to_string(&note).unwrap_or_default();
         // From here on they are no snapshot's.
         durable::remove_file(&note)?;
@@ -274,10 +276,14 @@ impl ActorPlaces {
         Ok(found)
     }
 
-    /// Unmounts the volumes of an actor that does not run. Cleanup: what fails is logged, and costs space only.
-    pub fn close_volumes(&self, uid: &str) {
-        if let Ok((state, _)) = self.dirs(uid) {
-            close_volumes(&state);
+    /// Unmounts the volumes of an actor if it does not run, which is asked while no start can prepare them. Cleanup:
+    /// what fails is logged, and costs space only.
+    pub fn close_volumes(&self, uid: &str, is_idle: impl FnOnce() -> bool) {
+        let Ok((state, _)) = self.dirs(uid) else { return };
+        match hold(&state) {
+            Ok(Some(_held)) if is_idle() => close_volumes(&state),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(actor_uid = uid, %error, "the actor's volumes stay mounted"),
         }
     }
 
@@ -337,9 +343,8 @@ impl ActorPlaces {
     /// [`NodeError::Io`]; the call may be sent again.
     pub fn purge(&self, uid: &str, atespace: &str, actor: &str) -> Result<(), NodeError> {
         let (state, run) = self.dirs(uid)?;
-        close_volumes(&state);
         durable::remove_tree(&run)
-            .and_then(|()| durable::remove_tree(&state))
+            .and_then(|()| remove_bundle(&state))
             .and_then(|()| durable::remove_tree(&self.log_dir(atespace, actor)))
             .map_err(NodeError::io("removing the actor's directories"))?;
         // The atespace's directory goes with its last actor.
@@ -365,6 +370,51 @@ fn write_labels(logs: &Path, assignment: &Assignment, actor: &ActorSpec) -> io::
     let new = logs.join(".labels.new");
     std::fs::write(&new, serde_json::to_vec(&labels)?).map_err(durable::at("write", &new))?;
     std::fs::rename(&new, &path).map_err(durable::at("rename to", &path))
+}
+
+/// Directories of actors' volumes and other files below `state`, by uid.
+///
+/// # Errors
+/// When they cannot be listed.
+pub fn bundles(state: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let entries = match std::fs::read_dir(state) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if let Ok(uid) = entry.file_name().into_string()
+            && !uid.starts_with('.')
+            && entry.file_type()?.is_dir()
+        {
+            found.push((uid, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Removes one of [`bundles`], also when its volumes are mounted. Nothing may use them any more.
+///
+/// # Errors
+/// The system's.
+pub fn remove_bundle(state: &Path) -> io::Result<()> {
+    let _held = hold(state)?;
+    close_volumes(state);
+    durable::remove_tree(state)
+}
+
+/// Waits until nothing else changes the mounts below an actor's directory; nothing to hold if there is none.
+fn hold(state: &Path) -> io::Result<Option<Flock<File>>> {
+    let dir = match File::open(state) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(durable::at("open", state))?,
+    };
+    match Flock::lock(dir, FlockArg::LockExclusive) {
+        Ok(held) => Ok(Some(held)),
+        Err((_, error)) => Err(durable::at("lock", state)(error.into())),
+    }
 }
 
 fn close_volumes(state: &Path) {
@@ -549,10 +599,14 @@ mod tests {
         assert!(!prepare(false).join("x").exists());
         assert_eq!(bed.places.volumes("u1").unwrap(), [("data".to_owned(), data.clone())]);
         assert!(bed.places.volumes("other").unwrap().is_empty());
-        bed.places.close_volumes("u1");
+        bed.places.close_volumes("u1", || false);
+        assert!(data.exists(), "unmounted under a start");
+        bed.places.close_volumes("u1", || true);
         assert!(!data.exists(), "still mounted");
         assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), quota::reserved(16 << 20));
         prepare(true);
+        let state = bed.dir.path().join("state");
+        assert_eq!(bundles(&state).unwrap(), [("u1".to_owned(), state.join("u1"))]);
         bed.places.purge("u1", "blue", "alice").unwrap();
         assert_eq!(std::fs::read_dir(bed.dir.path().join("state")).unwrap().count(), 0);
     }

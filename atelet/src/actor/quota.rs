@@ -17,7 +17,9 @@ use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use nix::mount::MntFlags;
 
@@ -29,6 +31,8 @@ pub const DEFAULT_SIZE: u64 = 1 << 30;
 const DATA: &str = "data";
 /// What the file system needs for itself, beside a sixteenth, bytes.
 const OVERHEAD: u64 = 8 << 20;
+/// How long a volume may be in somebody's use before it stays mounted.
+const BUSY: Duration = Duration::from_secs(5);
 
 /// Bytes on the disk that a volume of a size takes while its actor is awake.
 pub fn reserved(size: u64) -> u64 {
@@ -138,9 +142,18 @@ impl QuotaVolume {
         if let Err(error) = run(Command::new("fstrim").arg(&self.mount)) {
             tracing::debug!(volume = %self.mount.display(), %error, "cannot give back unused space");
         }
-        nix::mount::umount2(&self.mount, MntFlags::empty())
-            .map_err(io::Error::from)
-            .map_err(durable::at("unmount", &self.mount))
+        let deadline = Instant::now() + BUSY;
+        loop {
+            match nix::mount::umount2(&self.mount, MntFlags::empty()) {
+                // Who looks through directories (du, a backup) holds one for a moment.
+                Err(Errno::EBUSY) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                other => {
+                    return other.map_err(io::Error::from).map_err(durable::at("unmount", &self.mount));
+                }
+            }
+        }
     }
 
     /// Removes it with its data.
@@ -167,7 +180,7 @@ pub fn all(volumes: &Path) -> Vec<String> {
 fn reserve(file: &File, size: u64) -> io::Result<()> {
     match nix::fcntl::fallocate(file, FallocateFlags::empty(), 0, size as i64) {
         // Where the file system below cannot, the watermarks have to do.
-        Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => Ok(()),
+        Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
@@ -244,7 +257,14 @@ mod tests {
         std::fs::remove_file(data.join("big")).unwrap();
         std::fs::write(data.join("small"), b"kept").unwrap();
         assert_eq!(volume.open(size).unwrap(), data, "open once more is nothing");
+        // In somebody's use for a moment.
+        let used = File::open(&data).unwrap();
+        let user = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(used);
+        });
         volume.close().unwrap();
+        user.join().unwrap();
         volume.close().unwrap();
         assert!(!data.exists());
         assert!(on_disk() < size / 4, "{} bytes while it sleeps", on_disk());

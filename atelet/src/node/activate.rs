@@ -624,15 +624,18 @@ impl Node {
                     node.terminate(worker, &assignment).await?;
                 }
                 node.release_images(&assignment);
-                let latest = node.ledger.get(&assignment.actor_uid);
-                if latest.is_none_or(|entry| entry.generation <= assignment.generation) {
-                    let node = Arc::clone(&node);
-                    crate::blocking(move || {
+                let node = Arc::clone(&node);
+                crate::blocking(move || {
+                    let is_latest = || {
+                        let latest = node.ledger.get(&assignment.actor_uid);
+                        latest.is_none_or(|entry| entry.generation <= assignment.generation)
+                    };
+                    if is_latest() {
                         node.places.forget_secrets(&assignment.actor_uid);
-                        node.places.close_volumes(&assignment.actor_uid);
-                    })
-                    .await;
-                }
+                    }
+                    node.places.close_volumes(&assignment.actor_uid, is_latest);
+                })
+                .await;
                 Ok(())
             })
             .await

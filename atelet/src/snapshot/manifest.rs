@@ -18,14 +18,14 @@ use prost::Message;
 use substrate_proto::types::Compatibility;
 
 use super::digest::sha256;
-use super::node::{Record, RecordFile};
 use super::pack::{Sealer, TAG};
+use super::record::{RECORD_VERSION, Record, RecordFile};
 use super::{DataKey, FileKind, MAX_BLOCK, MIN_BLOCK, SnapshotError, Source, WrappedKey, check_name};
 use crate::blob::Key;
 
 /// Version of manifests that this build writes; it reads all up to it. A manifest of version 2 holds a record of
 /// version 2 (the digest of a file is over the blocks of the manifest), one of version 1 a record of version 1.
-pub const FORMAT_VERSION: u32 = super::node::RECORD_VERSION;
+pub const FORMAT_VERSION: u32 = RECORD_VERSION;
 /// Largest manifest that is read, bytes.
 pub const MAX_MANIFEST: u64 = 256 << 20;
 /// Packs that one manifest may name.

@@ -21,6 +21,7 @@ mod keys;
 pub mod manifest;
 pub mod node;
 pub mod pack;
+pub mod record;
 pub mod restore;
 #[cfg(test)]
 mod tests;

@@ -11,26 +11,19 @@
 //! name, as for Firecracker. A snapshot is restored by the same binary on a processor that has every feature of the one
 //! that it was made on.
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use serde_json::json;
-use substrate_proto::ateom::SnapshotFile;
 use tokio::net::UnixStream;
 
-use super::process::{self, Place, Process, Program};
-use super::rest::{self, Rest};
+use super::rest::{self, AGENT, API, CONSOLE, RestVm};
 use super::spec::Machine;
 use super::vmm::{AGENT_ARGUMENT, AGENT_PORT, Capabilities, Home, Kernel, Saved, Vm, Vmm};
 use crate::microvm::MicrovmError;
 use crate::network::{ACTOR_MAC, WORKER_LINK};
-use crate::runtime::{RuntimeError, Steps, file_error};
+use crate::runtime::{RuntimeError, Steps};
 
 const WHO: &str = "cloud-hypervisor";
-/// Names in the machine's directory.
-const API: &str = "api.sock";
-const AGENT: &str = "agent.sock";
-const CONSOLE: &str = "console";
 /// The oldest whose interface is the one used here.
 const OLDEST: (u32, u32) = (50, 0);
 /// Names in a snapshot, and whether they hold memory.
@@ -50,43 +43,13 @@ impl CloudHypervisor {
     /// # Errors
     /// [`MicrovmError`] naming what it lacks.
     pub fn new(binary: &Path, digest: String, kernel: Kernel) -> Result<Self, MicrovmError> {
-        let said = process::ask(binary, &["--version"])?;
-        let version = said.lines().find_map(|line| line.strip_prefix("cloud-hypervisor v")).map(str::trim);
-        let unsuitable = |lack: String| MicrovmError::Unsuitable { path: binary.to_owned(), lack };
-        let version = version.ok_or_else(|| unsuitable("is no cloud-hypervisor".to_owned()))?;
-        if super::vmm::parse_version(version).is_none_or(|found| found < OLDEST) {
-            let oldest = OLDEST.0;
-            return Err(unsuitable(format!("is version {version}, too old: {oldest} or newer is needed")));
-        }
-        let capabilities = Capabilities {
-            name: "cloud-hypervisor",
-            version: version.to_owned(),
-            digest,
-            experimental: true,
-            pause: false,
-            incremental: false,
-            restore_requires: [("accel", "kvm"), ("cpu", "host"), ("devices", "virtio-net virtio-vsock")]
-                .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                .into(),
-            cpu_features: crate::gvisor::cpu_features(),
-        };
+        let is = (WHO, "cloud-hypervisor", "cloud-hypervisor v");
+        let capabilities = rest::look(binary, digest, is, OLDEST)?;
         Ok(Self { binary: binary.to_owned(), kernel, capabilities })
     }
 
     async fn start(&self, home: Home) -> Result<CloudHypervisorVm, RuntimeError> {
-        // Kept without its descriptor; it goes when the link is removed.
-        crate::sys::keep_tap(&home.tap)
-            .map_err(|error| RuntimeError::Failed(format!("cannot keep the actor's link: {error}")))?;
-        let Home { directory, launcher, tap, .. } = home;
-        drop(tap);
-        let args = ["--api-socket", API].map(str::to_owned).to_vec();
-        let program = Program { who: WHO, binary: &self.binary, files: &[], environment: &[], args };
-        // The launcher's own: the worker's, where the link is.
-        let namespace = Path::new("/proc/self/ns/net");
-        let place = Place { directory: &directory, launcher: &launcher, network_namespace: namespace };
-        let process = process::start(place, program, None, directory.join(CONSOLE)).await?;
-        let rest = Rest::serve(WHO, &directory, API, &process).await?;
-        Ok(CloudHypervisorVm { rest, process, directory, agent: Mutex::new(None) })
+        RestVm::start(WHO, &self.binary, &["--api-socket", API], home).await.map(CloudHypervisorVm)
     }
 }
 
@@ -121,7 +84,7 @@ impl Vmm for CloudHypervisor {
         });
         vm.put("vm.create", &config).await?;
         vm.put("vm.boot", &json!({})).await?;
-        vm.listen()?;
+        vm.0.listen()?;
         Ok(Box::new(vm))
     }
 
@@ -140,41 +103,25 @@ impl Vmm for CloudHypervisor {
             "resume": false,
         });
         steps.time("devices", vm.put("vm.restore", &source)).await?;
-        vm.listen()?;
+        vm.0.listen()?;
         Ok(Box::new(vm))
     }
 }
 
 /// A machine.
 #[derive(Debug)]
-struct CloudHypervisorVm {
-    rest: Rest,
-    process: Process,
-    directory: PathBuf,
-    agent: Mutex<Option<UnixStream>>,
-}
+struct CloudHypervisorVm(RestVm);
 
 impl CloudHypervisorVm {
-    fn listen(&self) -> Result<(), RuntimeError> {
-        let stream = rest::vsock(&self.directory, AGENT, AGENT_PORT, &self.process);
-        let stream =
-            stream.map_err(|error| RuntimeError::Failed(format!("no stream to the agent: {error}")))?;
-        *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
-        Ok(())
-    }
-
     async fn put(&self, verb: &str, body: &serde_json::Value) -> Result<(), RuntimeError> {
-        match self.rest.call("PUT", &format!("/api/v1/{verb}"), body).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.process.because(error).await),
-        }
+        self.0.call("PUT", &format!("/api/v1/{verb}"), body).await
     }
 }
 
 #[async_trait]
 impl Vm for CloudHypervisorVm {
     fn agent(&self) -> Option<UnixStream> {
-        self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.0.agent()
     }
 
     async fn pause(&self) -> Result<(), RuntimeError> {
@@ -193,16 +140,10 @@ impl Vm for CloudHypervisorVm {
     ) -> Result<Saved, RuntimeError> {
         let to = json!({"destination_url": format!("file://{}", directory.display())});
         steps.time("memory", self.put("vm.snapshot", &to)).await?;
-        let file = |(name, memory): (&str, bool)| {
-            let path = directory.join(name);
-            let size = std::fs::metadata(&path).map_err(file_error("look at", &path))?.len();
-            Ok(SnapshotFile { name: name.to_owned(), size, memory })
-        };
-        let files = FILES.into_iter().map(file).collect::<Result<_, RuntimeError>>()?;
-        Ok(Saved { files, rest: None })
+        rest::saved(directory, &FILES)
     }
 
     async fn died(&self) -> String {
-        self.process.end().await
+        self.0.died().await
     }
 }

@@ -13,15 +13,12 @@
 //!
 //! A snapshot is restored by the same binary on a processor that has every feature of the one that it was made on.
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use serde_json::json;
-use substrate_proto::ateom::SnapshotFile;
 use tokio::net::UnixStream;
 
-use super::process::{self, Place, Process, Program};
-use super::rest::{self, Rest};
+use super::rest::{self, AGENT, API, RestVm};
 use super::spec::Machine;
 use super::vmm::{AGENT_PORT, Capabilities, Home, Kernel, Saved, Vm, Vmm};
 use crate::microvm::MicrovmError;
@@ -29,9 +26,6 @@ use crate::network::{ACTOR_MAC, WORKER_LINK};
 use crate::runtime::{RuntimeError, Steps, file_error};
 
 const WHO: &str = "Firecracker";
-/// Names in the machine's directory.
-const API: &str = "api.sock";
-const AGENT: &str = "agent.sock";
 /// The oldest that boots a kernel by its PVH note.
 const OLDEST: (u32, u32) = (1, 12);
 /// Names in a snapshot.
@@ -52,45 +46,13 @@ impl Firecracker {
     /// # Errors
     /// [`MicrovmError`] naming what it lacks.
     pub fn new(binary: &Path, digest: String, kernel: Kernel) -> Result<Self, MicrovmError> {
-        let said = process::ask(binary, &["--version"])?;
-        let version = said.lines().find_map(|line| line.strip_prefix("Firecracker v")).map(str::trim);
-        let unsuitable = |lack: String| MicrovmError::Unsuitable { path: binary.to_owned(), lack };
-        let version = version.ok_or_else(|| unsuitable("is no Firecracker".to_owned()))?;
-        if super::vmm::parse_version(version).is_none_or(|found| found < OLDEST) {
-            let (major, minor) = OLDEST;
-            return Err(unsuitable(format!(
-                "is version {version}, too old: {major}.{minor} or newer is needed"
-            )));
-        }
-        let capabilities = Capabilities {
-            name: "firecracker",
-            version: version.to_owned(),
-            digest,
-            experimental: true,
-            pause: false,
-            incremental: false,
-            restore_requires: [("accel", "kvm"), ("cpu", "host"), ("devices", "virtio-net virtio-vsock")]
-                .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                .into(),
-            cpu_features: crate::gvisor::cpu_features(),
-        };
+        let capabilities = rest::look(binary, digest, (WHO, "firecracker", "Firecracker v"), OLDEST)?;
         Ok(Self { binary: binary.to_owned(), kernel, capabilities })
     }
 
     async fn start(&self, home: Home) -> Result<FirecrackerVm, RuntimeError> {
-        // Kept without its descriptor; it goes when the link is removed.
-        crate::sys::keep_tap(&home.tap)
-            .map_err(|error| RuntimeError::Failed(format!("cannot keep the actor's link: {error}")))?;
-        let Home { directory, launcher, tap, .. } = home;
-        drop(tap);
-        let args = ["--api-sock", API, "--level", "Warning"].map(str::to_owned).to_vec();
-        let program = Program { who: WHO, binary: &self.binary, files: &[], environment: &[], args };
-        // The launcher's own: the worker's, where the link is.
-        let namespace = Path::new("/proc/self/ns/net");
-        let place = Place { directory: &directory, launcher: &launcher, network_namespace: namespace };
-        let process = process::start(place, program, None, directory.join("console")).await?;
-        let rest = Rest::serve(WHO, &directory, API, &process).await?;
-        Ok(FirecrackerVm { rest, process, directory, agent: Mutex::new(None) })
+        let args = ["--api-sock", API, "--level", "Warning"];
+        RestVm::start(WHO, &self.binary, &args, home).await.map(FirecrackerVm)
     }
 }
 
@@ -103,7 +65,7 @@ impl Vmm for Firecracker {
     async fn boot(&self, home: Home, machine: &Machine, steps: &Steps) -> Result<Box<dyn Vm>, RuntimeError> {
         let disks = rest::link_disks(&home.directory, machine)?;
         let vm = steps.time("vmm_start", self.start(home)).await?;
-        let put = async |path: &str, body| vm.rest.call("PUT", path, &body).await;
+        let put = async |path: &str, body| vm.0.call("PUT", path, &body).await;
         let memory = machine.memory >> 20;
         put("/machine-config", json!({"vcpu_count": machine.processors, "mem_size_mib": memory})).await?;
         let boot_args = format!(
@@ -127,7 +89,7 @@ impl Vmm for Firecracker {
         put("/network-interfaces/eth0", link).await?;
         put("/vsock", json!({"guest_cid": 3, "uds_path": AGENT})).await?;
         put("/actions", json!({"action_type": "InstanceStart"})).await?;
-        vm.listen()?;
+        vm.0.listen()?;
         Ok(Box::new(vm))
     }
 
@@ -154,42 +116,26 @@ impl Vmm for Firecracker {
             "mem_backend": {"backend_type": "File", "backend_path": memory},
             "resume_vm": false,
         });
-        steps.time("devices", vm.rest.call("PUT", "/snapshot/load", &load)).await?;
-        vm.listen()?;
+        steps.time("devices", vm.0.call("PUT", "/snapshot/load", &load)).await?;
+        vm.0.listen()?;
         Ok(Box::new(vm))
     }
 }
 
 /// A machine.
 #[derive(Debug)]
-struct FirecrackerVm {
-    rest: Rest,
-    process: Process,
-    directory: PathBuf,
-    agent: Mutex<Option<UnixStream>>,
-}
+struct FirecrackerVm(RestVm);
 
 impl FirecrackerVm {
-    fn listen(&self) -> Result<(), RuntimeError> {
-        let stream = rest::vsock(&self.directory, AGENT, AGENT_PORT, &self.process);
-        let stream =
-            stream.map_err(|error| RuntimeError::Failed(format!("no stream to the agent: {error}")))?;
-        *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
-        Ok(())
-    }
-
     async fn turn(&self, state: &str) -> Result<(), RuntimeError> {
-        match self.rest.call("PATCH", "/vm", &json!({"state": state})).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.process.because(error).await),
-        }
+        self.0.call("PATCH", "/vm", &json!({"state": state})).await
     }
 }
 
 #[async_trait]
 impl Vm for FirecrackerVm {
     fn agent(&self) -> Option<UnixStream> {
-        self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.0.agent()
     }
 
     async fn pause(&self) -> Result<(), RuntimeError> {
@@ -210,16 +156,11 @@ impl Vm for FirecrackerVm {
         let create = json!({
             "snapshot_type": "Full", "snapshot_path": devices, "mem_file_path": memory,
         });
-        steps.time("memory", self.rest.call("PUT", "/snapshot/create", &create)).await?;
-        let file = |path: &Path, name: &str, memory| {
-            let size = std::fs::metadata(path).map_err(file_error("look at", path))?.len();
-            Ok::<_, RuntimeError>(SnapshotFile { name: name.to_owned(), size, memory })
-        };
-        let files = vec![file(&devices, DEVICES, false)?, file(&memory, MEMORY, true)?];
-        Ok(Saved { files, rest: None })
+        steps.time("memory", self.0.call("PUT", "/snapshot/create", &create)).await?;
+        rest::saved(directory, &[(DEVICES, false), (MEMORY, true)])
     }
 
     async fn died(&self) -> String {
-        self.process.end().await
+        self.0.died().await
     }
 }

@@ -1,26 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A machine monitor that serves HTTP on a Unix socket, and the way to its guest's vsock ports.
+//! A machine monitor that serves HTTP on a Unix socket, and the way to its guest's vsock ports: what cloud-hypervisor and
+//! Firecracker have in common. Each has its own words in its own file.
 //!
-//! Both cloud-hypervisor and Firecracker bind their sockets themselves and tell nobody when: the first connection is
+//! Both bind their sockets themselves and tell nobody when: the first connection is
 //! tried until it is taken or the process is dead. Disks and sockets have names relative to the machine's directory, so
 //! that what a snapshot says of them is true in every place.
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use substrate_proto::ateom::SnapshotFile;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
-use super::process::Process;
+use super::process::{self, Place, Process, Program};
 use super::spec::Machine;
+use super::vmm::{AGENT_PORT, Capabilities, Home, Saved};
+use crate::microvm::MicrovmError;
 use crate::runtime::{RuntimeError, file_error};
 
+/// Names in the machine's directory.
+pub const API: &str = "api.sock";
+/// See [`API`].
+pub const AGENT: &str = "agent.sock";
+/// See [`API`].
+pub const CONSOLE: &str = "console";
 /// How long a monitor may take to serve, and for a request. A snapshot writes all memory.
 const LIMIT: Duration = Duration::from_mins(1);
 /// Between attempts to connect.
@@ -28,9 +39,124 @@ const AGAIN: Duration = Duration::from_millis(2);
 /// Longest answer to a `CONNECT`.
 const ANSWER: usize = 64;
 
+/// What a binary can do, if it is of this monitor and new enough: `--version` says `{said}{version}`. Runs it: call
+/// before children are reaped elsewhere.
+///
+/// # Errors
+/// [`MicrovmError`] naming what it lacks.
+pub fn look(
+    binary: &Path,
+    digest: String,
+    (who, name, said): (&'static str, &'static str, &str),
+    oldest: (u32, u32),
+) -> Result<Capabilities, MicrovmError> {
+    let answer = process::ask(binary, &["--version"])?;
+    let version = answer.lines().find_map(|line| line.strip_prefix(said)).map(str::trim);
+    let unsuitable = |lack: String| MicrovmError::Unsuitable { path: binary.to_owned(), lack };
+    let version = version.ok_or_else(|| unsuitable(format!("is no {who}")))?;
+    if super::vmm::parse_version(version).is_none_or(|found| found < oldest) {
+        let (major, minor) = oldest;
+        return Err(unsuitable(format!("is version {version}, too old: {major}.{minor} or newer is needed")));
+    }
+    Ok(Capabilities {
+        name,
+        version: version.to_owned(),
+        digest,
+        experimental: true,
+        pause: false,
+        incremental: false,
+        restore_requires: [("accel", "kvm"), ("cpu", "host"), ("devices", "virtio-net virtio-vsock")]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into(),
+        cpu_features: crate::gvisor::cpu_features(),
+    })
+}
+
+/// A machine behind such a monitor.
+#[derive(Debug)]
+pub struct RestVm {
+    rest: Rest,
+    process: Process,
+    directory: PathBuf,
+    agent: Mutex<Option<UnixStream>>,
+}
+
+impl RestVm {
+    /// Starts the monitor without a guest. `args` have it serve on [`API`].
+    ///
+    /// # Errors
+    /// [`RuntimeError`].
+    pub async fn start(
+        who: &'static str,
+        binary: &Path,
+        args: &[&str],
+        home: Home,
+    ) -> Result<Self, RuntimeError> {
+        // Kept without its descriptor; it goes when the link is removed.
+        crate::sys::keep_tap(&home.tap)
+            .map_err(|error| RuntimeError::Failed(format!("cannot keep the actor's link: {error}")))?;
+        let Home { directory, launcher, tap, .. } = home;
+        drop(tap);
+        let args = args.iter().copied().map(str::to_owned).collect();
+        let program = Program { who, binary, files: &[], environment: &[], args };
+        // The launcher's own: the worker's, where the link is.
+        let namespace = Path::new("/proc/self/ns/net");
+        let place = Place { directory: &directory, launcher: &launcher, network_namespace: namespace };
+        let process = process::start(place, program, None, directory.join(CONSOLE)).await?;
+        let rest = Rest::serve(who, &directory, API, &process).await?;
+        Ok(Self { rest, process, directory, agent: Mutex::new(None) })
+    }
+
+    /// One request; what it refuses is said in its words, or why the monitor is dead.
+    ///
+    /// # Errors
+    /// [`RuntimeError`].
+    pub async fn call(&self, method: &str, path: &str, body: &Value) -> Result<(), RuntimeError> {
+        match self.rest.call(method, path, body).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.process.because(error).await),
+        }
+    }
+
+    /// Opens the stream to the guest's agent.
+    ///
+    /// # Errors
+    /// When no pair of sockets can be made.
+    pub fn listen(&self) -> Result<(), RuntimeError> {
+        let stream = vsock(&self.directory, AGENT, AGENT_PORT, &self.process)
+            .map_err(|error| RuntimeError::Failed(format!("no stream to the agent: {error}")))?;
+        *self.agent.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
+        Ok(())
+    }
+
+    /// That stream, once.
+    pub fn agent(&self) -> Option<UnixStream> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Waits for the monitor's death; why.
+    pub async fn died(&self) -> String {
+        self.process.end().await
+    }
+}
+
+/// What a monitor has written to a snapshot's directory: names, and whether they hold memory.
+///
+/// # Errors
+/// [`RuntimeError::File`] when one is not there.
+pub fn saved(directory: &Path, files: &[(&str, bool)]) -> Result<Saved, RuntimeError> {
+    let file = |&(name, memory): &(&str, bool)| {
+        let path = directory.join(name);
+        let size = std::fs::metadata(&path).map_err(file_error("look at", &path))?.len();
+        Ok(SnapshotFile { name: name.to_owned(), size, memory })
+    };
+    let files = files.iter().map(file).collect::<Result<_, RuntimeError>>()?;
+    Ok(Saved { files, rest: None })
+}
+
 /// A connection is made for each request.
 #[derive(Debug)]
-pub struct Rest {
+struct Rest {
     who: &'static str,
     directory: PathBuf,
     socket: &'static str,
@@ -47,7 +173,7 @@ impl Rest {
     ///
     /// # Errors
     /// Why the process is dead, or [`RuntimeError::Timeout`].
-    pub async fn serve(
+    async fn serve(
         who: &'static str,
         directory: &Path,
         socket: &'static str,
@@ -74,7 +200,7 @@ impl Rest {
     ///
     /// # Errors
     /// [`RuntimeError`].
-    pub async fn call(&self, method: &str, path: &str, body: &Value) -> Result<(), RuntimeError> {
+    async fn call(&self, method: &str, path: &str, body: &Value) -> Result<(), RuntimeError> {
         let failed = |why: String| RuntimeError::Failed(format!("{} {method} {path}: {why}", self.who));
         let exchange = async {
             let stream = connect(&self.directory, self.socket).await.map_err(|error| error.to_string())?;
@@ -126,7 +252,7 @@ pub fn link_disks(directory: &Path, machine: &Machine) -> Result<Vec<(String, St
 ///
 /// # Errors
 /// When no pair of sockets can be made.
-pub fn vsock(directory: &Path, name: &'static str, port: u32, process: &Process) -> io::Result<UnixStream> {
+fn vsock(directory: &Path, name: &'static str, port: u32, process: &Process) -> io::Result<UnixStream> {
     let (ours, mut theirs) = UnixStream::pair()?;
     let (directory, process) = (directory.to_owned(), process.clone());
     tokio::spawn(async move {

@@ -93,17 +93,21 @@ impl Real {
         lines[lines.len().saturating_sub(20)..].join("\n")
     }
 
-    async fn openshell(&self, arguments: &[&str]) -> Output {
-        let run = Command::new(self.bins.join("openshell"))
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.bins.join("openshell"));
+        command
             .args(arguments)
             .env("OPENSHELL_GATEWAY_ENDPOINT", &self.endpoint)
             .env("XDG_STATE_HOME", self.root.path())
             .env("XDG_CONFIG_HOME", self.root.path())
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output();
-        tokio::time::timeout(PATIENCE, run)
+            .kill_on_drop(true);
+        command
+    }
+
+    async fn openshell(&self, arguments: &[&str]) -> Output {
+        tokio::time::timeout(PATIENCE, self.command(arguments).output())
             .await
             .unwrap_or_else(|_| panic!("openshell {arguments:?} does not end: {}", self.log()))
             .unwrap()
@@ -183,17 +187,8 @@ impl Gateway for Real {
         let arguments =
             ["sandbox", "create", "--name", name, "--from", image, "--detach", "--", "/bin/agent"];
         // It waits until the sandbox is ready, which it is once it has its session.
-        let mut child = Command::new(self.bins.join("openshell"));
-        child
-            .args(arguments)
-            .env("OPENSHELL_GATEWAY_ENDPOINT", &self.endpoint)
-            .env("XDG_STATE_HOME", self.root.path())
-            .env("XDG_CONFIG_HOME", self.root.path())
-            .env("NO_COLOR", "1")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true);
+        let mut child = self.command(&arguments);
+        child.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut creating = Box::pin(child.spawn().unwrap().wait_with_output());
         let began = Instant::now();
         loop {

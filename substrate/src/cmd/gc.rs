@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use ateapi::inventory::Fate;
+use atelet::actor::place;
 use atelet::blob::Key;
 use serde::Serialize;
 
@@ -88,7 +89,7 @@ pub async fn run(options: Gc, global: &Global) -> Result<(), Failure> {
             continue;
         }
         if !options.dry_run {
-            std::fs::remove_dir_all(&dir).doing(|| format!("cannot remove {}", dir.display()))?;
+            place::remove_bundle(&dir).doing(|| format!("cannot remove {}", dir.display()))?;
         }
         report.bundles.push(uid);
     }

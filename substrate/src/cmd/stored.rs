@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ateapi::inventory::Inventory;
+use atelet::actor::place;
 use atelet::asset::{AssetStore, SandboxConfig};
 use atelet::blob::{self, BlobError, BlobStore, BlobUrl};
 use atelet::snapshot::FileKeyStore;
@@ -102,25 +103,7 @@ impl Stored {
     /// When they cannot be listed.
     pub fn bundles(&self) -> Result<Vec<(String, PathBuf)>, Failure> {
         let dir = self.dir.join("node/actors");
-        let list = || -> std::io::Result<Vec<(String, PathBuf)>> {
-            let entries = match std::fs::read_dir(&dir) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-                other => other?,
-            };
-            let mut found = Vec::new();
-            for entry in entries {
-                let entry = entry?;
-                if let Ok(uid) = entry.file_name().into_string()
-                    && !uid.starts_with('.')
-                    && entry.file_type()?.is_dir()
-                {
-                    found.push((uid, entry.path()));
-                }
-            }
-            found.sort();
-            Ok(found)
-        };
-        list().doing(|| format!("cannot list {}", dir.display()))
+        place::bundles(&dir).doing(|| format!("cannot list {}", dir.display()))
     }
 
     /// What the database says now.

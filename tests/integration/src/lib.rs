@@ -258,20 +258,7 @@ impl Machine {
         name: &str,
         change: impl FnOnce(&mut types::TemplateSpec),
     ) -> Result<ateapi::Actor> {
-        let mut spec = types::TemplateSpec {
-            containers: vec![types::Container {
-                name: "main".into(),
-                image: image("counter")?,
-                ports: vec![8080],
-                readiness: Some(types::Readiness {
-                    http_get: Some(types::HttpGet { path: "/healthz".into(), port: 8080 }),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }],
-            idle: Some(types::IdlePolicy { suspend_after: "never".into(), ..Default::default() }),
-            ..Default::default()
-        };
+        let mut spec = counter_template(image("counter")?);
         change(&mut spec);
         self.ensure_atespace("default").await?;
         self.api
@@ -523,6 +510,24 @@ impl Stream {
 /// A reference to an actor of the default atespace.
 pub fn actor(name: &str) -> ActorRef {
     ActorRef { atespace: "default".into(), name: name.into(), uid: String::new() }
+}
+
+/// A template of the counter in an image that has it: ready when it answers, never put to sleep.
+pub fn counter_template(image: String) -> types::TemplateSpec {
+    types::TemplateSpec {
+        containers: vec![types::Container {
+            name: "main".into(),
+            image,
+            ports: vec![8080],
+            readiness: Some(types::Readiness {
+                http_get: Some(types::HttpGet { path: "/healthz".into(), port: 8080 }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }],
+        idle: Some(types::IdlePolicy { suspend_after: "never".into(), ..Default::default() }),
+        ..Default::default()
+    }
 }
 
 /// Processes whose command line mentions a text.

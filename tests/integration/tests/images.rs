@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use substrate_integration::{Machine, actor, image};
+use substrate_integration::{Machine, actor, counter_template, image};
 use substrate_proto::{ateapi, types};
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -55,20 +55,7 @@ fn enlarge(into: &Path, files: u64, mebibytes: u64) -> Result<String> {
 }
 
 async fn template(machine: &mut Machine, name: &str, image: String) -> Result<()> {
-    let spec = types::TemplateSpec {
-        containers: vec![types::Container {
-            name: "main".into(),
-            image,
-            ports: vec![8080],
-            readiness: Some(types::Readiness {
-                http_get: Some(types::HttpGet { path: "/healthz".into(), port: 8080 }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }],
-        idle: Some(types::IdlePolicy { suspend_after: "never".into(), ..Default::default() }),
-        ..Default::default()
-    };
+    let spec = counter_template(image);
     let (atespace, name) = ("default".to_owned(), name.to_owned());
     machine
         .api

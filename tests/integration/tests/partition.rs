@@ -19,7 +19,7 @@ use prost::Message as _;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
 };
-use substrate_integration::{PATIENCE, actor, binary, image, runsc};
+use substrate_integration::{PATIENCE, actor, binary, counter_template, image, runsc};
 use substrate_proto::ateapi::control_client::ControlClient;
 use substrate_proto::ateapi::{self as proto, ActorState};
 use substrate_proto::atelet::node_client::NodeClient;
@@ -247,20 +247,7 @@ async fn resume(api: &mut Api) -> Result<proto::Actor> {
 async fn make(api: &mut Api) -> Result<()> {
     let atespace = proto::CreateAtespaceRequest { name: "default".into(), ..Default::default() };
     api.create_atespace(atespace).await?;
-    let spec = types::TemplateSpec {
-        containers: vec![types::Container {
-            name: "main".into(),
-            image: image("counter")?,
-            ports: vec![8080],
-            readiness: Some(types::Readiness {
-                http_get: Some(types::HttpGet { path: "/healthz".into(), port: 8080 }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }],
-        idle: Some(types::IdlePolicy { suspend_after: "never".into(), ..Default::default() }),
-        ..Default::default()
-    };
+    let spec = counter_template(image("counter")?);
     api.create_template(proto::CreateTemplateRequest {
         atespace: "default".into(),
         name: "t".into(),
