@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use substrate_proto::tls::{Listen, Peer};
 use tonic::Status;
 
@@ -52,6 +52,33 @@ pub struct MicrovmConfig {
     pub qemu_sha256: Option<String>,
     /// Directory of the guests' kernel: `vmlinuz` and `modules/`.
     pub kernel: PathBuf,
+    /// What runs the guests' processors. Default: `auto`.
+    #[serde(default)]
+    pub accelerator: Accelerator,
+}
+
+/// What runs the processors of QEMU's guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// KVM where a guest boots under it, else emulation.
+    #[default]
+    Auto,
+    /// KVM; no worker comes up without it.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+impl Accelerator {
+    /// As ateom-microvm takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
 }
 
 /// What images may cost and where they may come from.

@@ -31,7 +31,7 @@ pub mod snapshot;
 mod sys;
 pub mod worker;
 
-pub use config::{Config, ImageLimits, MicrovmConfig, Remote, WorkerClass, WorkerConfig};
+pub use config::{Accelerator, Config, ImageLimits, MicrovmConfig, Remote, WorkerClass, WorkerConfig};
 pub use error::{Error, NodeError};
 pub use node::{serve, stop_workers};
 

@@ -34,6 +34,7 @@ use crate::runtime::{
     Description, ExecProcess, ExecRequest, Place, Runtime, RuntimeError, Sandbox, Steps, file_error,
 };
 
+pub mod accelerator;
 mod agent;
 pub mod cloud_hypervisor;
 pub mod firecracker;
@@ -48,10 +49,13 @@ pub mod spec;
 mod streams;
 pub mod vmm;
 
+use accelerator::{Finding, Probe, Wanted};
 use agent::Agent;
 use spec::Layout;
 use vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm};
 
+/// Where the host offers KVM.
+const KVM: &str = "/dev/kvm";
 /// The class's name on the wire.
 pub const CLASS: &str = "microvm";
 /// How long a guest's kernel may take to our init. Under TCG on a busy machine it is many times that of a quiet one.
@@ -143,6 +147,49 @@ pub struct Microvm {
     description: Description,
 }
 
+/// How the accelerator is chosen.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Choice<'a> {
+    /// What is asked for.
+    pub wanted: Wanted,
+    /// Where findings are kept; see [`Probe::choose`].
+    pub known: Option<&'a Path>,
+}
+
+/// Asks of a QEMU and a kernel whether guests run under KVM here, keeping nothing.
+///
+/// # Errors
+/// See [`MicrovmError`].
+pub fn probe(monitor: &Path, kernel: &Path) -> Result<Finding, MicrovmError> {
+    let template = std::env::temp_dir().join("substrate-probe-XXXXXX");
+    let directory =
+        nix::unistd::mkdtemp(&template).map_err(|errno| file_error("create", &template)(errno.into()))?;
+    let mut found = None;
+    let done = (|| {
+        let content = initramfs::build(&kernel.join("modules"), &[])?;
+        let initramfs = directory.join("initramfs");
+        std::fs::write(&initramfs, content).map_err(file_error("write", &initramfs))?;
+        let kernel = Kernel { image: kernel.join("vmlinuz"), initramfs };
+        qemu::Qemu::new(monitor, String::new(), kernel, PathBuf::new(), |machine, kernel| {
+            let device = Path::new(KVM);
+            let probe = Probe { binary: monitor, machine, kernel, directory: &directory, device };
+            let finding = probe.choose(Wanted::Auto, "", None)?;
+            let accelerator = finding.accelerator;
+            found = Some(finding);
+            Ok(accelerator)
+        })
+    })();
+    if let Err(error) = std::fs::remove_dir_all(&directory) {
+        tracing::warn!(directory = %directory.display(), %error, "the probe's files stay behind");
+    }
+    done.map(|_| found.unwrap_or(Finding::emulation()))
+}
+
+/// The boot of this host: a device that was there may be another after the next.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
 fn sha256_file(path: &Path) -> std::io::Result<String> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut File::open(path)?, &mut hasher)?;
@@ -160,6 +207,7 @@ impl Microvm {
         monitor: &Path,
         pinned: Option<&str>,
         kernel: &Path,
+        accelerator: Choice<'_>,
         directory: &Path,
     ) -> Result<Self, MicrovmError> {
         let missing = |source| MicrovmError::Missing { path: monitor.to_owned(), source };
@@ -188,7 +236,19 @@ impl Microvm {
             Kind::Qemu => {
                 let preload = directory.join("private.so");
                 std::fs::write(&preload, qemu::PRELOAD).map_err(file_error("write", &preload))?;
-                Arc::new(qemu::Qemu::new(monitor, digest, kernel, preload)?)
+                let of =
+                    [boot_id(), digest.clone(), kernel_digest.clone(), initramfs_digest.clone()].join(" ");
+                Arc::new(qemu::Qemu::new(monitor, digest, kernel, preload, |machine, kernel| {
+                    let device = Path::new(KVM);
+                    let finding = Probe { binary: monitor, machine, kernel, directory, device }.choose(
+                        accelerator.wanted,
+                        &of,
+                        accelerator.known,
+                    )?;
+                    let Finding { accelerator, why_not_kvm, boot_ms } = finding;
+                    tracing::info!(accelerator = accelerator.name(), why_not_kvm, boot_ms, "runs guests");
+                    Ok(accelerator)
+                })?)
             }
             Kind::CloudHypervisor => {
                 Arc::new(cloud_hypervisor::CloudHypervisor::new(monitor, digest, kernel)?)

@@ -627,6 +627,13 @@ pub struct Request {
 }
 
 /// Splits `KEY=VALUE`.
+fn accelerator(text: &str) -> Result<atelet::Accelerator, String> {
+    use atelet::Accelerator::{Auto, Kvm, Tcg};
+    let known = [Auto, Kvm, Tcg];
+    let found = known.into_iter().find(|accelerator| accelerator.name() == text);
+    found.ok_or_else(|| format!("is none of {}", known.map(atelet::Accelerator::name).join(", ")))
+}
+
 fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),

@@ -14,7 +14,7 @@
 //! are one file system.
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -31,6 +31,11 @@ pub const DEFAULT_SIZE: u64 = 1 << 30;
 const DATA: &str = "data";
 /// What the file system needs for itself, beside a sixteenth, bytes.
 const OVERHEAD: u64 = 8 << 20;
+/// How often unused space is given back at most, and how long is waited the longer the more often.
+const TRIMS: u32 = 5;
+const SETTLE: Duration = Duration::from_millis(20);
+/// What a volume's file may hold beyond what is in it, bytes.
+const SLACK: u64 = 1 << 20;
 /// How long a volume may be in somebody's use before it stays mounted.
 const BUSY: Duration = Duration::from_secs(5);
 
@@ -134,12 +139,8 @@ impl QuotaVolume {
         if !is_mounted(&self.mount)? {
             return Ok(());
         }
-        // What was deleted is free only once that is written.
-        if let Err(error) = File::open(&self.mount).and_then(|dir| Ok(nix::unistd::syncfs(dir)?)) {
-            tracing::warn!(volume = %self.mount.display(), %error, "cannot flush a volume");
-        }
         // Only costs space.
-        if let Err(error) = run(Command::new("fstrim").arg(&self.mount)) {
+        if let Err(error) = self.give_back() {
             tracing::debug!(volume = %self.mount.display(), %error, "cannot give back unused space");
         }
         let deadline = Instant::now() + BUSY;
@@ -154,6 +155,24 @@ impl QuotaVolume {
                 }
             }
         }
+    }
+
+    /// Makes the file as small as what it holds.
+    fn give_back(&self) -> io::Result<()> {
+        for attempt in 0..TRIMS {
+            // What was deleted is free once that is written, and in fact a moment later.
+            std::thread::sleep(SETTLE * attempt);
+            nix::unistd::syncfs(File::open(&self.mount)?)?;
+            run(Command::new("fstrim").arg(&self.mount))?;
+            let (meta, of) = (self.image.metadata()?, nix::sys::statvfs::statvfs(&self.mount)?);
+            let blocks = |number: u64| number * of.fragment_size();
+            // All but the free blocks: data, and what the file system needs itself.
+            let holds = meta.len().saturating_sub(blocks(of.blocks_free()));
+            if meta.blocks() * 512 <= holds + SLACK {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Removes it with its data.
@@ -186,7 +205,6 @@ fn reserve(file: &File, size: u64) -> io::Result<()> {
 }
 
 fn is_mounted(path: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::MetadataExt as _;
     let device = |path: &Path| match std::fs::metadata(path) {
         Ok(meta) => Ok(Some(meta.dev())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -118,6 +118,8 @@ impl Settings {
                 };
                 args.extend(["--qemu".to_owned(), path(&qemu)]);
                 args.extend(["--kernel".to_owned(), path(files.kernel.as_ref().unwrap_or(&microvm.kernel))]);
+                args.extend(["--accelerator", microvm.accelerator.name(), "--kvm-known"].map(str::to_owned));
+                args.push(path(&self.state.join("kvm.json")));
                 args.extend(digest.iter().flat_map(|digest| ["--qemu-sha256".to_owned(), digest.clone()]));
                 (&microvm.ateom_binary, digest)
             }

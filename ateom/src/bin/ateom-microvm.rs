@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ateom::microvm::{Microvm, jail};
+use ateom::microvm::accelerator::{self, Wanted};
+use ateom::microvm::{self, Choice, Microvm, jail};
 use ateom::{launcher, worker};
 use clap::Parser;
 
@@ -22,6 +23,23 @@ struct Arguments {
     /// Directory of the guests' kernel: vmlinuz (for the experimental ones: vmlinux) and modules/.
     #[arg(long)]
     kernel: PathBuf,
+    /// What runs the guests' processors.
+    #[arg(long, value_enum, default_value_t)]
+    accelerator: Wanted,
+    /// File in which workers keep what was found of KVM.
+    #[arg(long)]
+    kvm_known: Option<PathBuf>,
+}
+
+/// Asks whether guests run under KVM here, and prints what was found as JSON.
+#[derive(Debug, Parser)]
+struct ProbeArguments {
+    /// The QEMU binary.
+    #[arg(long)]
+    qemu: PathBuf,
+    /// Directory of the guests' kernel.
+    #[arg(long)]
+    kernel: PathBuf,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -34,14 +52,19 @@ fn main() -> anyhow::Result<()> {
             }
         }
         Some(jail::ARGUMENT) => return jail::enter(arguments),
+        Some("probe") => {
+            let asked = ProbeArguments::parse_from(std::env::args().skip(1));
+            return Ok(accelerator::print(&microvm::probe(&asked.qemu, &asked.kernel)?)?);
+        }
         _ => {}
     }
     let arguments = Arguments::parse();
     // Single-threaded until here and through claim(): it changes the process's network namespace.
     let state_dir = arguments.worker.state_dir.clone();
     let claimed = worker::claim(arguments.worker)?;
-    let microvm =
-        Microvm::new(&arguments.qemu, arguments.qemu_sha256.as_deref(), &arguments.kernel, &state_dir)?;
+    let choice = Choice { wanted: arguments.accelerator, known: arguments.kvm_known.as_deref() };
+    let pinned = arguments.qemu_sha256.as_deref();
+    let microvm = Microvm::new(&arguments.qemu, pinned, &arguments.kernel, choice, &state_dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
     runtime.block_on(claimed.serve(Arc::new(microvm)))
 }

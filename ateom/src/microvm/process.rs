@@ -148,7 +148,7 @@ impl Process {
 }
 
 /// What a monitor and the guest's console said last, for an error's end.
-fn last_words(log: &Path, console: &Path) -> String {
+pub(super) fn last_words(log: &Path, console: &Path) -> String {
     let tail = |path: &Path| {
         let text =
             std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();

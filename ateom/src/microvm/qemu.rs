@@ -12,8 +12,9 @@
 //! made to believe that the mapping is shared ([`PRELOAD`], `preload/private.rs`); that it is not is looked at before a
 //! guest instruction runs. What it has written is found as `memory` says.
 //!
-//! **TCG** is what works everywhere. The flags were measured: no VM ports, SMBus, SATA, USB; a small translation cache;
-//! a named processor with a fixed set of features; the HPET as clock source. The machine type is a versioned one.
+//! **KVM** where it is proven ([`super::accelerator`]), TCG everywhere else. The flags were measured under the latter: no
+//! VM ports, SMBus, SATA, USB; a small translation cache; a named processor with a fixed set of features; the HPET as
+//! clock source. The machine type is a versioned one.
 //!
 //! **The process** has an empty network namespace, no new privileges, QEMU's own system call filter, and is `nobody`
 //! from the end of its start: every file is opened before, or handed over as a descriptor.
@@ -31,6 +32,7 @@ use serde_json::json;
 use substrate_proto::ateom::SnapshotFile;
 use tokio::net::{UnixListener, UnixStream};
 
+use super::accelerator::Accelerator;
 use super::jail;
 use super::memory::{self, Private, Rest};
 use super::process::{self, Place, Process, Program};
@@ -45,7 +47,7 @@ use crate::runtime::{RuntimeError, Steps, file_error};
 /// The oldest that is known to work.
 const OLDEST: (u32, u32) = (7, 2);
 /// What the guest sees: x86-64-v2, which every TCG and every host of the last decade offers.
-const CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
+pub(super) const CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt";
 /// How long QEMU may take to connect to us, and for a command.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long saving or loading devices may take.
@@ -72,11 +74,13 @@ pub struct Qemu {
     machine: String,
     kernel: Kernel,
     preload: PathBuf,
+    accelerator: Accelerator,
     capabilities: Capabilities,
 }
 
 impl Qemu {
-    /// Looks at a binary; `preload` is where [`PRELOAD`] is. Runs it: call before children are reaped elsewhere.
+    /// Looks at a binary; `preload` is where [`PRELOAD`] is, `choose` decides on the accelerator for a machine type and
+    /// kernel. Runs it: call before children are reaped elsewhere.
     ///
     /// # Errors
     /// [`MicrovmError`] naming what it lacks.
@@ -85,6 +89,7 @@ impl Qemu {
         digest: String,
         kernel: Kernel,
         preload: PathBuf,
+        choose: impl FnOnce(&str, &Kernel) -> Result<Accelerator, MicrovmError>,
     ) -> Result<Self, MicrovmError> {
         let unsuitable = |lack: String| MicrovmError::Unsuitable { path: binary.to_owned(), lack };
         let said = process::ask(binary, &["--version"])?;
@@ -105,10 +110,12 @@ impl Qemu {
         let machines = process::ask(binary, &["-machine", "help"])?;
         let machine =
             versioned_machine(&machines).ok_or_else(|| unsuitable("has no q35 machine".to_owned()))?;
-        let requires = [("accel", "tcg"), ("machine", &machine), ("cpu", CPU), ("devices", DEVICE_LIST)];
+        let accelerator = choose(&machine, &kernel)?;
+        let accel = accelerator.name();
+        let requires = [("accel", accel), ("machine", &machine), ("cpu", CPU), ("devices", DEVICE_LIST)];
         let capabilities = Capabilities {
             name: "qemu",
-            version,
+            version: format!("{version} ({accel})"),
             digest,
             experimental: false,
             pause: true,
@@ -117,10 +124,10 @@ impl Qemu {
                 .into_iter()
                 .map(|(k, v)| (k.to_owned(), v.to_owned()))
                 .collect::<BTreeMap<_, _>>(),
-            // Emulated: nothing of the host's shows.
+            // Of the named processor: nothing more of the host's shows.
             cpu_features: Vec::new(),
         };
-        Ok(Self { binary: binary.to_owned(), machine, kernel, preload, capabilities })
+        Ok(Self { binary: binary.to_owned(), machine, kernel, preload, accelerator, capabilities })
     }
 
     /// The command line. The same for a boot and a restore but for the last words.
@@ -136,13 +143,10 @@ impl Qemu {
             "65534:65534",
             "-sandbox",
             "on,obsolete=deny,spawn=deny,resourcecontrol=deny",
-            "-accel",
-            "tcg,thread=multi,tb-size=32",
-            "-cpu",
-            CPU,
         ]
         .map(str::to_owned)
         .to_vec();
+        args.extend(self.accelerator.arguments());
         let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
         add(
             "-machine",
@@ -155,22 +159,13 @@ impl Qemu {
             format!(
                 "memory-backend-file,id=memory,size={},mem-path={},share=on",
                 machine.memory,
-                comma(&memory.display().to_string())
+                comma(memory)
             ),
         );
         add("-kernel", self.kernel.image.display().to_string());
         add("-initrd", self.kernel.initramfs.display().to_string());
-        add(
-            "-append",
-            // Freed memory is reported in pieces of 128 KiB: with the kernel's 2 MiB, what fragments never is.
-            "console=ttyS0 quiet loglevel=4 panic=-1 page_reporting.page_reporting_order=5 clocksource=hpet mitigations=off \
-             8250.nr_uarts=1 i8042.noaux i8042.nokbd"
-                .to_owned(),
-        );
-        add(
-            "-chardev",
-            format!("file,id=console,path={}", comma(&home.memory.join("console").display().to_string())),
-        );
+        add("-append", kernel_command_line(self.accelerator));
+        add("-chardev", format!("file,id=console,path={}", comma(&home.memory.join("console"))));
         add("-serial", "chardev:console".to_owned());
         add("-chardev", "socket,id=qmp,path=qmp.sock,server=off".to_owned());
         add("-mon", "chardev=qmp,mode=control".to_owned());
@@ -184,7 +179,7 @@ impl Qemu {
         for (number, disk) in machine.disks.iter().enumerate() {
             let serial = &disk.serial;
             let (access, path) = if disk.read_only {
-                ("on", comma(&disk.path.display().to_string()))
+                ("on", comma(&disk.path))
             } else {
                 // Opened again, in the other mode, around each snapshot.
                 for _ in FILE_MODES {
@@ -287,9 +282,19 @@ impl Qemu {
     }
 }
 
-/// QEMU's option syntax: a comma in a value is written twice.
-fn comma(value: &str) -> String {
-    value.replace(',', ",,")
+/// The kernel's arguments.
+pub(super) fn kernel_command_line(accelerator: Accelerator) -> String {
+    // Freed memory is reported in pieces of 128 KiB: with the kernel's 2 MiB, what fragments never is.
+    format!(
+        "console=ttyS0 quiet loglevel=4 panic=-1 page_reporting.page_reporting_order=5 8250.nr_uarts=1 \
+         i8042.noaux i8042.nokbd{}",
+        accelerator.kernel_arguments()
+    )
+}
+
+/// A path in QEMU's option syntax: a comma is written twice.
+pub(super) fn comma(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 /// The versioned type that `q35` is an alias of.
@@ -513,15 +518,17 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let dir = tempfile::tempdir().unwrap();
         let kernel = Kernel { image: "/k".into(), initramfs: "/i".into() };
+        let refused = |path: &Path| {
+            let emulation = |_: &str, _: &Kernel| Ok(Accelerator::Tcg);
+            Qemu::new(path, "d".into(), kernel.clone(), "/p".into(), emulation).unwrap_err().to_string()
+        };
         let script = |text: &str| {
             let path = dir.path().join("qemu");
             std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-            Qemu::new(&path, "d".into(), kernel.clone(), "/p".into()).unwrap_err().to_string()
+            refused(&path)
         };
-        let missing = Qemu::new(&dir.path().join("none"), "d".into(), kernel.clone(), "/p".into())
-            .unwrap_err()
-            .to_string();
+        let missing = refused(&dir.path().join("none"));
         assert!(missing.contains("none") && missing.contains("scripts/setup"), "{missing}");
         let old = script("echo 'QEMU emulator version 6.2.0'");
         assert!(old.contains("6.2.0") && old.contains("7.2 or newer"), "{old}");

@@ -23,6 +23,9 @@ pub struct Up {
     /// the workspace, /usr/lib/substrate/microvm]
     #[arg(long, value_name = "DIR")]
     pub kernel: Option<PathBuf>,
+    /// What runs the processors of microVMs: auto (kvm where a guest boots under it), kvm, tcg [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = super::accelerator)]
+    pub accelerator: Option<atelet::Accelerator>,
     /// Where everything is kept [default: /var/lib/substrate]
     #[arg(long, value_name = "DIR", env = "SUBSTRATE_DIR")]
     pub dir: Option<PathBuf>,

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the microVM class needs on this machine, and which machine monitor it will use.
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::probe::{in_path, is_executable, run, sha256, usable, workspace};
+use serde::Deserialize;
+
+use super::probe::{in_path, is_executable, run, run_within, sha256, usable, workspace};
 use super::{Check, Facts, Verdict, install};
 
 /// Names of QEMU for this architecture.
 const QEMU: &str = if cfg!(target_arch = "x86_64") { "qemu-system-x86_64" } else { "qemu-system-aarch64" };
 const ATEOM: &str = "ateom-microvm";
+/// How long the probe of KVM may take; it ends by itself before.
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What was named on the command line or in the configuration.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,8 +30,19 @@ pub struct Microvm {
     pub config: atelet::MicrovmConfig,
     /// What QEMU calls itself.
     pub version: String,
-    /// Why guests do not run under KVM.
-    pub kvm: String,
+    /// What a guest that was booted under KVM showed. None: not asked.
+    pub kvm: Option<Result<Kvm, String>>,
+}
+
+/// What `ateom-microvm probe` says.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Kvm {
+    /// Why QEMU does not use it; empty if it does.
+    #[serde(default)]
+    pub why_not_kvm: String,
+    /// How long the guest took to its agent's first word, ms.
+    #[serde(default)]
+    pub boot_ms: u64,
 }
 
 /// Looks for everything that workers of the class need.
@@ -53,9 +69,28 @@ pub async fn find(named: Named<'_>, exe: &Path) -> Result<Microvm, String> {
         return Err("mkfs.erofs was not found in PATH".to_owned());
     }
     let digest = sha256(&qemu).await.map_err(|error| format!("cannot read {}: {error}", qemu.display()))?;
-    let config = atelet::MicrovmConfig { ateom_binary, qemu, qemu_sha256: Some(digest), kernel };
-    let kvm = kvm(std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm"));
-    Ok(Microvm { config, version, kvm })
+    let config = atelet::MicrovmConfig {
+        ateom_binary,
+        qemu,
+        qemu_sha256: Some(digest),
+        kernel,
+        accelerator: atelet::Accelerator::Auto,
+    };
+    Ok(Microvm { config, version, kvm: None })
+}
+
+/// Boots a guest under KVM, where it is offered; takes some seconds where that fails slowly.
+pub async fn ask_of_kvm(found: &mut Microvm) {
+    if !found.version.starts_with("QEMU") {
+        return;
+    }
+    let config = &found.config;
+    let path = |path: &Path| path.display().to_string();
+    let args = ["probe", "--qemu", &path(&config.qemu), "--kernel", &path(&config.kernel)];
+    let said = run_within(&path(&config.ateom_binary), &args, PROBE_LIMIT).await;
+    found.kvm = Some(said.and_then(|said| {
+        serde_json::from_str(said.trim()).map_err(|error| format!("{ATEOM} probe says no JSON: {error}"))
+    }));
 }
 
 /// The directory with `vmlinuz` and `modules/`: named, `$SUBSTRATE_KERNEL`, in `target/tools` of a workspace, or
@@ -84,15 +119,15 @@ fn find_kernel(named: Option<&Path>, environment: Option<PathBuf>, exe: &Path) -
     })
 }
 
-/// Why KVM is not used. It is trusted only where a probe has booted a guest, and there is none yet.
-fn kvm(opened: std::io::Result<std::fs::File>) -> String {
-    match opened {
-        Ok(_) => "KVM is there, but no probe has booted a guest under it".to_owned(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "there is no /dev/kvm".to_owned(),
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            format!("/dev/kvm cannot be opened: {error}; run as root, or as a member of its group")
+/// How guests of QEMU run.
+fn accelerated(kvm: Option<&Result<Kvm, String>>) -> String {
+    match kvm {
+        None => String::new(),
+        Some(Ok(kvm)) if kvm.why_not_kvm.is_empty() => {
+            format!(" under KVM, where a guest booted in {} ms", kvm.boot_ms)
         }
-        Err(error) => format!("/dev/kvm cannot be opened: {error}"),
+        Some(Ok(kvm)) => format!(" by emulation (TCG), not under KVM: {}", kvm.why_not_kvm),
+        Some(Err(why)) => format!("; whether guests run under KVM could not be found out: {why}"),
     }
 }
 
@@ -115,11 +150,7 @@ pub fn check(facts: &Facts) -> Check {
                 "{} at {}{}{}",
                 found.version,
                 found.config.qemu.display(),
-                if found.version.starts_with("QEMU") {
-                    format!(" by emulation (TCG): {}", found.kvm)
-                } else {
-                    String::new()
-                },
+                accelerated(found.kvm.as_ref()),
                 others(&found.version)
             ),
         ),
@@ -144,9 +175,10 @@ pub(super) fn sample() -> Microvm {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             qemu_sha256: None,
             kernel: "/usr/lib/substrate/microvm".into(),
+            accelerator: atelet::Accelerator::Auto,
         },
         version: "QEMU 7.2.22".into(),
-        kvm: "there is no /dev/kvm".into(),
+        kvm: Some(Ok(Kvm { why_not_kvm: "there is no /dev/kvm".into(), boot_ms: 0 })),
     }
 }
 
@@ -155,12 +187,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_kvm_lacks_is_said_with_a_way_out() {
-        use std::io::{Error, ErrorKind};
-        let denied = kvm(Err(Error::from(ErrorKind::PermissionDenied)));
-        assert!(denied.contains("cannot be opened") && denied.contains("member of its group"), "{denied}");
-        assert_eq!(kvm(Err(Error::from(ErrorKind::NotFound))), "there is no /dev/kvm");
-        assert!(kvm(std::fs::File::open("/dev/null")).contains("no probe"));
+    fn how_guests_run_is_said_with_the_reason() {
+        let said = |text: &str| accelerated(Some(&Ok(serde_json::from_str(text).unwrap())));
+        assert_eq!(
+            said(r#"{"accelerator":"kvm","boot_ms":900}"#),
+            " under KVM, where a guest booted in 900 ms"
+        );
+        let emulated = said(r#"{"accelerator":"tcg","why_not_kvm":"there is no /dev/kvm","boot_ms":0}"#);
+        assert_eq!(emulated, " by emulation (TCG), not under KVM: there is no /dev/kvm");
+        assert!(
+            accelerated(Some(&Err("no such file".into()))).contains("could not be found out: no such file")
+        );
+        assert_eq!(accelerated(None), "");
         assert!(others("Firecracker v1.12.1").contains("nobody has seen Linux boot"));
         assert!(others("QEMU 7.2.22").contains("only where --qemu names one"));
     }

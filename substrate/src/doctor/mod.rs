@@ -383,8 +383,11 @@ pub fn preflight(checks: &[Check]) -> Result<(), Failure> {
 
 /// `substrate doctor`. Exit code 1 when something is missing.
 pub async fn run(options: &Doctor, global: &Global) -> Result<ExitCode, Failure> {
-    let facts =
+    let mut facts =
         gather(&options.dir, options.runsc.as_deref(), options.ateom.as_deref(), Named::default()).await;
+    if let Ok(found) = &mut facts.microvm {
+        microvm::ask_of_kvm(found).await;
+    }
     let checks = check(&facts);
     let is_ready = checks.iter().all(|check| check.verdict != Verdict::Missing);
     if global.output.is_machine() {

@@ -63,14 +63,19 @@ pub async fn gather(dir: &Path, runsc: Option<&Path>, ateom: Option<&Path>, name
 
 /// Runs a tool and returns its standard output.
 pub(super) async fn run(program: &str, args: &[&str]) -> Result<String, String> {
+    run_within(program, args, PATIENCE).await
+}
+
+/// As [`run`], for one that may take its time.
+pub(super) async fn run_within(program: &str, args: &[&str], limit: Duration) -> Result<String, String> {
     if !program.contains('/') && in_path(program).is_none() {
         return Err(format!("{program} was not found in PATH"));
     }
     let mut command = Command::new(program);
     command.args(args).stdin(std::process::Stdio::null()).kill_on_drop(true);
-    let output = tokio::time::timeout(PATIENCE, command.output())
+    let output = tokio::time::timeout(limit, command.output())
         .await
-        .map_err(|_| format!("{program} did not answer within {} s", PATIENCE.as_secs()))?
+        .map_err(|_| format!("{program} did not answer within {} s", limit.as_secs()))?
         .map_err(|error| format!("{program} cannot be run: {error}"))?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {

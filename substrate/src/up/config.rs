@@ -33,6 +33,8 @@ pub struct File {
     pub qemu: Option<PathBuf>,
     /// Directory of the guests' kernel: `vmlinuz`, `modules/`. Default: looked for, see docs/microvm.md.
     pub kernel: Option<PathBuf>,
+    /// What runs the processors of microVMs: `auto`, `kvm` or `tcg`. Default: `auto`.
+    pub accelerator: Option<atelet::Accelerator>,
     /// The sandbox config: runtimes by content, what is revoked. Default: none.
     pub sandbox_config: Option<PathBuf>,
     /// A level or tracing filter. Default: `info`.
@@ -212,6 +214,8 @@ pub struct Settings {
     pub qemu: Option<PathBuf>,
     /// Named directory of the guests' kernel.
     pub kernel: Option<PathBuf>,
+    /// What runs the processors of microVMs.
+    pub accelerator: atelet::Accelerator,
     /// The sandbox config with its content.
     pub sandbox: Option<(PathBuf, atelet::asset::SandboxConfig)>,
     /// Tracing filter.
@@ -244,6 +248,7 @@ impl Settings {
             microvm: None,
             qemu: options.qemu.clone().or(file.qemu.clone()).map(absolute),
             kernel: options.kernel.clone().or(file.kernel.clone()).map(absolute),
+            accelerator: options.accelerator.or(file.accelerator).unwrap_or_default(),
             sandbox: None,
             listen: options.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8480))),
             domain: file.domain.clone(),

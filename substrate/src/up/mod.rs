@@ -78,7 +78,8 @@ pub async fn run(options: Up, global: &Global) -> Result<ExitCode, Failure> {
             Failure::general(format!("no worker of the class microvm can run: {why}"))
                 .with_way_out("run `substrate doctor`, or leave --microvm-workers out")
         })?;
-        settings.microvm = Some(found.config.clone());
+        let accelerator = settings.accelerator;
+        settings.microvm = Some(atelet::MicrovmConfig { accelerator, ..found.config.clone() });
     }
     make_dirs(&settings)?;
     let lock = lock::take(&settings.dir)?;
