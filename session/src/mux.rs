@@ -219,7 +219,9 @@ struct Connection {
 
 impl Connection {
     fn new(stream: impl AsyncRead + AsyncWrite + Send + 'static) -> Self {
-        let (mut reader, mut writer) = tokio::io::split(stream);
+        let (reader, mut writer) = tokio::io::split(stream);
+        // A frame is read in four parts.
+        let mut reader = tokio::io::BufReader::new(reader);
         let (arrived, incoming) = mpsc::channel(QUEUE);
         let (outgoing, mut to_write) = mpsc::channel::<Bytes>(QUEUE);
         let failed = arrived.clone();

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `substrate-session-shim --key FILE -- SUPERVISOR [ARGUMENT…]`: see `substrate_session::shim`.
+//! `substrate-session-shim stand-in` is what a probe of the runtime starts so.
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
 use substrate_session::mux::Mux;
-use substrate_session::shim::{HUB_PORT, SUPERVISOR_PORT, hub_side, supervise, supervisor_side};
+use substrate_session::shim::{
+    HUB_PORT, SHELL, STAND_IN, SUPERVISOR_PORT, hub_side, supervise, supervisor_side,
+};
 use substrate_session::wire::SessionKey;
-use tokio::net::TcpListener;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::{TcpListener, TcpStream};
 
 const USAGE: &str = "usage: substrate-session-shim --key FILE [--supervisor-port PORT] [--hub-port PORT] -- PROGRAM [ARGUMENT...]";
 
@@ -57,7 +61,21 @@ fn main() -> ExitCode {
     }
 }
 
+/// What a probe of the runtime runs in the supervisor's place (`driver/src/probe.rs`): a program like it, with a
+/// connection like its own, that ends when that is lost.
+async fn stand_in() -> Result<i32, String> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, SUPERVISOR_PORT));
+    let mut stream = TcpStream::connect(address).await.map_err(|error| format!("{address}: {error}"))?;
+    let mut bytes = [0; 64];
+    while stream.read(&mut bytes).await.map_err(|error| format!("{address}: {error}"))? > 0 {}
+    Err(format!("{address} closed the connection"))
+}
+
 fn run() -> Result<i32, String> {
+    if std::env::args().skip(1).eq([STAND_IN]) {
+        let runtime = tokio::runtime::Runtime::new().map_err(|error| error.to_string())?;
+        return runtime.block_on(stand_in());
+    }
     let arguments = arguments()?;
     let key =
         std::fs::read(&arguments.key).map_err(|error| format!("cannot read {}: {error}", arguments.key))?;
@@ -76,7 +94,7 @@ fn run() -> Result<i32, String> {
                 format!("cannot listen on {address}: {error}; is the port taken by the image?")
             })?;
             if port == arguments.hub_port {
-                tokio::spawn(hub_side::serve(listener, key.clone(), mux.clone()));
+                tokio::spawn(hub_side::serve(listener, key.clone(), mux.clone(), SHELL));
             } else {
                 tokio::spawn(supervisor_side::serve(listener, mux.clone()));
             }

@@ -20,6 +20,7 @@
 //! connected, and a RelayOpen makes the session wake its actor and hold it until the relay's stream has come and gone.
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,7 +29,9 @@ use http_body::Frame as BodyFrame;
 use http_body_util::BodyExt as _;
 use substrate_proto::session::Head;
 use substrate_proto::session::stream_frame::Frame;
-use substrate_proto::supervisor::{GatewayMessage, SupervisorMessage, gateway_message, supervisor_message};
+use substrate_proto::supervisor::{
+    GatewayMessage, RelayOpenResult, SupervisorMessage, gateway_message, relay_open, supervisor_message,
+};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -55,6 +58,9 @@ const REOPEN: [Duration; 5] = [
 /// Statuses with which the gateway says that this session is not to be (unauthenticated, denied, unknown, invalid).
 const REFUSALS: [u32; 5] = [3, 5, 7, 12, 16];
 const QUEUE: usize = 64;
+/// What who asks for a command is told where none can be run.
+const NO_SHELL: &str = "no command can be run in this sandbox: its image has no /bin/bash, with which OpenShell's \
+     supervisor runs every command; add bash to the image";
 
 enum Event {
     FrontSaid(u64, Framed),
@@ -92,6 +98,10 @@ struct Waiting {
     asked: Instant,
     from: &'static str,
     until: Instant,
+    /// It is for the supervisor's own server of commands.
+    runs_command: bool,
+    /// The supervisor knows.
+    is_told: bool,
 }
 
 struct Control {
@@ -119,6 +129,7 @@ pub(crate) async fn run(
 ) {
     let (events, mut received) = mpsc::channel(QUEUE);
     let mut view = session.view.clone();
+    let mut connected = session.mux.connected();
     let hello = session.memory.recall(&session.uid).unwrap_or_else(|error| {
         tracing::warn!(actor = session.uid, %error, "cannot read what was kept of a session; it begins anew");
         None
@@ -155,6 +166,7 @@ pub(crate) async fn run(
             },
             event = received.recv() => if let Some(event) = event { control.event(event) },
             changed = view.changed() => if changed.is_err() { return },
+            changed = connected.changed() => if changed.is_err() { return },
             () = sleep_until(timer) => {}
         }
     }
@@ -189,7 +201,13 @@ impl Control {
             }
             keep
         });
-        if !self.is_wanted() {
+        if self.is_wanted() {
+            self.tell_of_relays();
+            if self.leg.is_none() && self.reopen_at.is_none_or(|at| at <= now) {
+                self.reopen_at = None;
+                self.open_leg();
+            }
+        } else {
             if self.leg.take().is_some_and(|leg| leg.open.is_some()) {
                 metrics::leg("closed");
                 tracing::debug!(actor = self.session.uid, "the session ends with its sandbox");
@@ -197,11 +215,48 @@ impl Control {
             self.reopen_at = None;
             self.failures = 0;
             self.waiting.clear();
-        } else if self.leg.is_none() && self.reopen_at.is_none_or(|at| at <= now) {
-            self.reopen_at = None;
-            self.open_leg();
         }
         self.count_relays();
+    }
+
+    /// Tells the supervisor of relays that wait. Not before its shim is there, which says whether commands can be run
+    /// at all.
+    fn tell_of_relays(&mut self) {
+        if !*self.session.mux.connected().borrow() {
+            return;
+        }
+        if self.session.lacks_shell.load(Ordering::Relaxed) {
+            self.refuse_commands();
+        }
+        if !self.front.as_ref().is_some_and(|front| front.accepted) {
+            return;
+        }
+        let untold = self.waiting.values_mut().filter(|waiting| !waiting.is_told);
+        let opens: Vec<Framed> = untold
+            .map(|waiting| {
+                waiting.is_told = true;
+                waiting.open.clone()
+            })
+            .collect();
+        for open in opens {
+            self.tell_front(&open);
+        }
+    }
+
+    /// Answers who waits for a command at once: the supervisor would leave them waiting.
+    fn refuse_commands(&mut self) {
+        let commands = self.waiting.extract_if(.., |_, waiting| waiting.runs_command);
+        let refused: Vec<String> = commands.map(|(channel, _)| channel).collect();
+        for channel_id in refused {
+            tracing::info!(
+                actor = self.session.uid,
+                channel_id,
+                "a command is refused: the image has no shell"
+            );
+            let result = RelayOpenResult { channel_id, success: false, error: NO_SHELL.to_owned() };
+            let payload = Some(supervisor_message::Payload::RelayOpenResult(result));
+            self.to_gateway(Framed::new(&SupervisorMessage { payload }));
+        }
     }
 
     fn count_relays(&self) {
@@ -367,16 +422,13 @@ impl Control {
         let Some(accepted) = self.leg.as_ref().and_then(|leg| leg.accepted.clone()) else { return };
         let Some(front) = self.front.as_mut().filter(|front| !front.accepted) else { return };
         front.accepted = true;
-        let mut said = front.sender.say(Frame::Headers(grpc::answer_head()));
-        let messages =
-            std::iter::once(accepted).chain(self.waiting.values().map(|waiting| waiting.open.clone()));
-        for message in messages {
-            if said.is_ok() {
-                said = front.sender.offer(&message.raw);
-            }
-        }
-        if said.is_err() {
+        let said = front.sender.say(Frame::Headers(grpc::answer_head()));
+        if said.is_err() || front.sender.offer(&accepted.raw).is_err() {
             self.give_front_up();
+        }
+        // A supervisor that is new here knows of none.
+        for waiting in self.waiting.values_mut() {
+            waiting.is_told = false;
         }
     }
 
@@ -421,12 +473,12 @@ impl Control {
                 let until = asked + RELAY_LIMIT;
                 let asleep = *self.session.view.borrow() == View::Asleep;
                 let from = if asleep { "asleep" } else { "awake" };
-                let waiting = Waiting { open: message.clone(), asked, from, until };
-                let before = self.waiting.insert(open.channel_id, waiting);
+                // Without a target it is a command.
+                let runs_command = !matches!(open.target, Some(relay_open::Target::Tcp(_)));
+                let is_told = false;
+                let waiting = Waiting { open: message, asked, from, until, runs_command, is_told };
                 // The gateway repeats what waits to each new session; the supervisor hears it once.
-                if before.is_none() {
-                    self.tell_front(&message);
-                }
+                self.waiting.entry(open.channel_id).or_insert(waiting);
             }
             Some(Payload::RelayClose(close)) => {
                 self.waiting.remove(&close.channel_id);

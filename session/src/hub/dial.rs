@@ -36,13 +36,20 @@ pub enum DialError {
     Late,
 }
 
-/// Opens a connection and gives it to the link.
+/// Opens a connection and gives it to the link. `lacks_shell` is told before that what the shim says of its sandbox.
 ///
 /// # Errors
 /// [`DialError`]; nothing was changed.
-pub async fn attach(uid: &str, awake: &Awake, key: &SessionKey, mux: &Mux) -> Result<(), DialError> {
+pub async fn attach(
+    uid: &str,
+    awake: &Awake,
+    key: &SessionKey,
+    mux: &Mux,
+    lacks_shell: impl FnOnce(bool),
+) -> Result<(), DialError> {
     tokio::time::timeout(LIMIT, async {
         let (mut stream, challenge, proof) = meet(uid, awake, key, Purpose::Link).await?;
+        lacks_shell(proof.lacks_shell);
         let over = |_| DialError::Stranger("the session is over");
         let ours = mux.stand().await.map_err(over)?;
         let theirs = proof.position.clone().unwrap_or_default();

@@ -20,6 +20,7 @@ pub mod token;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -124,6 +125,8 @@ pub(crate) struct Session {
     pub(crate) memory: Memory,
     pub(crate) inspector: Inspector,
     pub(crate) tokens: token::Tokens,
+    /// The image has no shell, as far as the shim has said.
+    pub(crate) lacks_shell: AtomicBool,
     waker: Waker,
 }
 
@@ -186,6 +189,7 @@ impl Hub {
             memory: self.memory(),
             inspector: Arc::clone(&config.inspector),
             tokens: token::Tokens::default(),
+            lacks_shell: AtomicBool::new(false),
             waker: Arc::clone(&config.waker),
         });
         let spawn = |task: BoxFuture<'static, ()>| {
@@ -219,7 +223,8 @@ async fn connecting(session: Arc<Session>) {
     let mut failures = 0;
     while let Some(target) = awake(&mut view).await {
         session.mux.detach();
-        match dial::attach(&session.uid, &target, &session.key, &session.mux).await {
+        let lacks_shell = |lacks: bool| session.lacks_shell.store(lacks, Ordering::Relaxed);
+        match dial::attach(&session.uid, &target, &session.key, &session.mux, lacks_shell).await {
             Ok(()) => {
                 failures = 0;
                 tracing::debug!(actor = session.uid, generation = target.generation, "connected to the shim");

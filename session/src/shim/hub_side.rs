@@ -19,8 +19,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const HTTP: u32 = u32::from_be_bytes(*b"GET ");
 const READY: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 
-/// Serves the port for ever.
-pub async fn serve(listener: TcpListener, key: SessionKey, mux: Mux) {
+/// Serves the port for ever. The hub is told whether `shell` is there.
+pub async fn serve(listener: TcpListener, key: SessionKey, mux: Mux, shell: &'static str) {
     let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
     loop {
         let Ok(permit) = Arc::clone(&strangers).acquire_owned().await else { return };
@@ -34,7 +34,7 @@ pub async fn serve(listener: TcpListener, key: SessionKey, mux: Mux) {
         };
         let (key, mux) = (key.clone(), mux.clone());
         tokio::spawn(async move {
-            let shaken = tokio::time::timeout(HANDSHAKE, shake_hands(stream, &key, &mux)).await;
+            let shaken = tokio::time::timeout(HANDSHAKE, shake_hands(stream, &key, &mux, shell)).await;
             drop(permit);
             match shaken {
                 Ok(Ok(Some(held))) => hold(held).await,
@@ -53,7 +53,12 @@ async fn hold(mut stream: TcpStream) {
 }
 
 /// Handles one connection; gives it back if it is only to be held.
-async fn shake_hands(mut stream: TcpStream, key: &SessionKey, mux: &Mux) -> io::Result<Option<TcpStream>> {
+async fn shake_hands(
+    mut stream: TcpStream,
+    key: &SessionKey,
+    mux: &Mux,
+    shell: &str,
+) -> io::Result<Option<TcpStream>> {
     let refused = |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, why.to_owned()));
     stream.set_nodelay(true)?;
     let length = stream.read_u32().await?;
@@ -73,7 +78,9 @@ async fn shake_hands(mut stream: TcpStream, key: &SessionKey, mux: &Mux) -> io::
     let nonce: [u8; NONCE] = wire::random()?;
     let ours = mux.stand().await.map_err(io::Error::other)?;
     let mac = key.prove("shim", &challenge.nonce, &nonce);
-    let proof = Proof { nonce: nonce.to_vec(), mac, position: Some(ours.clone()) };
+    // Asked each time: the workload may have installed it.
+    let lacks_shell = !std::path::Path::new(shell).exists();
+    let proof = Proof { nonce: nonce.to_vec(), mac, position: Some(ours.clone()), lacks_shell };
     wire::greet(&mut stream, &proof).await?;
     let attach: Attach = wire::greeted(&mut stream).await?;
     if !key.verifies("hub", &challenge.nonce, &nonce, &attach.mac) {

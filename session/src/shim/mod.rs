@@ -12,5 +12,9 @@ pub mod supervisor_side;
 pub const SUPERVISOR_PORT: u16 = 48_081;
 /// Where the hub finds the shim.
 pub const HUB_PORT: u16 = 48_082;
+/// The shim's word for being what it starts, in the place of a supervisor: it holds a connection to the shim.
+pub const STAND_IN: &str = "stand-in";
+/// What OpenShell's supervisor runs every command with (crates/openshell-supervisor-process/src/ssh.rs at 2f7fb655).
+pub const SHELL: &str = "/bin/bash";
 /// What the hub's port answers to an HTTP GET: the shim's loop turns.
 pub const READY_PATH: &str = "/ready";

@@ -17,13 +17,16 @@ struct World {
 
 /// A sandbox that runs and is Ready.
 async fn ready() -> World {
+    ready_in(Sandbox::start().await).await
+}
+
+async fn ready_in(sandbox: Sandbox) -> World {
     // With RUST_LOG, to see what happens.
     let _ = tracing_subscriber::fmt()
         .with_test_writer()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .try_init();
     let gateway = Gateway::start("127.0.0.1:0").await;
-    let sandbox = Sandbox::start().await;
     let hubbed = hub(&gateway, sandbox.dir.path());
     hubbed.hub.update(UID, sandbox.wake(1));
     let supervisor = Supervisor::connect(sandbox.supervisor_port).await;
@@ -76,6 +79,36 @@ async fn only_relays_wake_and_hold() {
     world.hubbed.hub.update(UID, world.sandbox.wake(2));
     assert_eq!(world.supervisor.ask("after".into()).await.1, 0);
     assert_eq!(world.hubbed.wakes.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_in_an_image_without_a_shell_is_refused_with_the_reason() {
+    let world = ready_in(Sandbox::with_shell("/no/such/shell").await).await;
+    let refused = |channel: &str| {
+        world.gateway.seen().into_iter().find_map(|seen| match seen {
+            Seen::Refused(which, why) if which == channel => Some(why),
+            _ => None,
+        })
+    };
+    let mut wanted = world.hubbed.wanted.clone();
+    for channel in ["awake", "asleep"] {
+        let gateway = world.gateway.clone();
+        let asking = tokio::spawn(async move { gateway.relay(channel).await });
+        if channel == "asleep" {
+            // It may have one by now: only the sandbox knows.
+            within("the wake-up", wanted.wait_for(|wanted| *wanted > 0)).await.unwrap();
+            assert_eq!(refused(channel), None);
+            world.hubbed.hub.update(UID, world.sandbox.wake(2));
+        }
+        until("the refusal", || refused(channel).is_some()).await;
+        let why = refused(channel).unwrap();
+        assert!(why.contains("/bin/bash") && why.contains("image"), "{why}");
+        asking.abort();
+        // What needs no shell still works.
+        echo(&mut world.gateway.forward(&format!("{channel} forward")).await, b"x").await;
+        until("the release", || world.sandbox.held.load(Ordering::SeqCst) == 0).await;
+        world.hubbed.hub.update(UID, world.sandbox.sleep());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

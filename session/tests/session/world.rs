@@ -21,7 +21,7 @@ use prost::Message as _;
 use substrate_proto::atenet::{IngressOpen, IngressOpened, ingress_opened::Code};
 use substrate_proto::supervisor::{
     GatewayHeartbeat, GatewayMessage, RelayFrame, RelayInit, RelayOpen, SessionAccepted, SupervisorHello,
-    SupervisorMessage, gateway_message, relay_frame, supervisor_message,
+    SupervisorMessage, TcpRelayTarget, gateway_message, relay_frame, relay_open, supervisor_message,
 };
 use substrate_session::grpc::{self, Deframer, Framed};
 use substrate_session::hub::gateway::Carrier;
@@ -50,6 +50,8 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 /// What the gateway saw of sessions, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {
+    /// A relay, and why.
+    Refused(String, String),
     Connected(String),
     Disconnected,
 }
@@ -204,7 +206,13 @@ impl Gateway {
         self.changed.send_modify(|sessions| *sessions += 1);
         let gateway = self.clone();
         tokio::spawn(async move {
-            while requests.next().await.is_some() {}
+            while let Some(said) = requests.next().await {
+                let said = said.read::<SupervisorMessage>().and_then(|said| said.payload);
+                if let Some(supervisor_message::Payload::RelayOpenResult(result)) = said {
+                    let mut inner = gateway.inner.lock().unwrap();
+                    inner.seen.push(Seen::Refused(result.channel_id, result.error));
+                }
+            }
             let mut inner = gateway.inner.lock().unwrap();
             if inner.session.as_ref().is_some_and(|(current, _)| *current == number) {
                 inner.session = None;
@@ -213,15 +221,26 @@ impl Gateway {
         });
     }
 
-    /// Asks for a relay and waits for its stream.
+    /// Asks for a relay for a command and waits for its stream.
     pub async fn relay(&self, channel: &str) -> (Deframed, Feed) {
+        self.relay_to(channel, None).await
+    }
+
+    /// Asks for a relay to a port and waits for its stream.
+    pub async fn forward(&self, channel: &str) -> (Deframed, Feed) {
+        let target = TcpRelayTarget { host: "127.0.0.1".to_owned(), port: 80 };
+        self.relay_to(channel, Some(relay_open::Target::Tcp(target))).await
+    }
+
+    async fn relay_to(&self, channel: &str, target: Option<relay_open::Target>) -> (Deframed, Feed) {
         let (claim, claimed) = tokio::sync::oneshot::channel();
         let feed = {
             let mut inner = self.inner.lock().unwrap();
             inner.pending.push_back((channel.to_owned(), claim));
             inner.session.as_ref().map(|(_, feed)| feed.clone()).expect("a session")
         };
-        send(&feed, open(channel.to_owned())).await;
+        let open = RelayOpen { channel_id: channel.to_owned(), target, ..RelayOpen::default() };
+        send(&feed, gateway_message::Payload::RelayOpen(open)).await;
         within("a relay's stream", claimed).await.unwrap()
     }
 
@@ -255,13 +274,18 @@ pub struct Sandbox {
 
 impl Sandbox {
     pub async fn start() -> Self {
+        Self::with_shell("/bin/sh").await
+    }
+
+    /// Of an image with that as its shell, there or not.
+    pub async fn with_shell(shell: &'static str) -> Self {
         let mux = Mux::opener();
         let of_hub = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let of_supervisor = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let hub_port = of_hub.local_addr().unwrap().port();
         let supervisor_port = of_supervisor.local_addr().unwrap().port();
         let key = SessionKey::new(&SessionKey::derive(MASTER, UID));
-        tokio::spawn(hub_side::serve(of_hub, key, mux.clone()));
+        tokio::spawn(hub_side::serve(of_hub, key, mux.clone(), shell));
         tokio::spawn(supervisor_side::serve(of_supervisor, mux));
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("ingress.sock");
