@@ -5,11 +5,14 @@ HTTP on 8080, a line echo for long-lived inbound connections on 9000. Everything
 that an experiment wants to know is a GET that answers JSON.
 """
 
+import ctypes
 import json
 import os
+import queue
 import secrets
 import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -33,6 +36,109 @@ def tick():
         state["max_gap_ms"] = max(state["max_gap_ms"], round((now - last) * 1000))
         state["ticks"] += 1
         last = now
+
+
+def tried_or_why(work):
+    try:
+        return work()
+    except OSError as error:
+        return f"refused: {error.strerror or error}"
+
+
+def peer_credentials():
+    """Whom SO_PEERCRED names for a child of uid 10001 that connects: the sidecar's control channel rests on it."""
+    path = f"/tmp/peer-{secrets.token_hex(4)}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        os.chmod(path, 0o777)
+        listener.listen()
+        dial = f"import os, socket; os.setuid(10001); s = socket.socket(1); s.connect({path!r}); s.recv(1)"
+        with subprocess.Popen([sys.executable, "-S", "-c", dial]) as child:
+            listener.settimeout(10)
+            connection, _ = listener.accept()
+            with connection:
+                pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return {"pid is the child's": pid == child.pid, "uid": uid}
+
+
+def netlink(family, message):
+    """Sends one netlink request; 0 or why not."""
+    with socket.socket(16, socket.SOCK_RAW, family) as channel:
+        channel.settimeout(5)
+        channel.send(message)
+        answer = channel.recv(4096)
+        kind, code = struct.unpack_from("=H", answer, 4)[0], struct.unpack_from("=i", answer, 16)[0]
+        return f"refused: {os.strerror(-code)}" if kind == 2 and code else "done"
+
+
+def new_table():
+    """nft add table inet t: a batch of NFNETLINK, as the supervisor's fence of the sidecar begins."""
+
+    def part(kind, flags, family, resource, data=b""):
+        return struct.pack("=IHHII BBH", 20 + len(data), kind, flags, 1, 0, family, 0, socket.htons(resource)) + data
+
+    name = struct.pack("=HH", 6, 1) + b"t\0\0\0"
+    return netlink(12, part(16, 1, 0, 10) + part(10 << 8, 0x405, 1, 0, name) + part(17, 1, 0, 10))
+
+
+def new_veth():
+    """ip link add i0 type veth: the full mode's way out of its inner namespace."""
+
+    def attribute(kind, data):
+        return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+    info = attribute(18, attribute(1, b"veth"))
+    body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + attribute(3, b"i0\0") + info
+    return netlink(0, struct.pack("=IHHII", 16 + len(body), 16, 0x605, 1, 0) + body)
+
+
+class Inner(threading.Thread):
+    """A thread in a network namespace of its own."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.asked, self.answers = queue.Queue(), queue.Queue()
+        self.start()
+
+    def run(self):
+        libc = ctypes.CDLL(None, use_errno=True)
+        made = "done" if libc.unshare(0x40000000) == 0 else f"refused: {os.strerror(ctypes.get_errno())}"
+        veth = tried_or_why(new_veth) if made == "done" else None
+        while self.asked.get():
+            names = tried_or_why(lambda: sorted(name for _, name in socket.if_nameindex()))
+            self.answers.put({"namespace": made, "veth": veth, "devices": names})
+
+    def look(self):
+        self.asked.put(True)
+        return self.answers.get(timeout=10)
+
+
+inner_namespace = []
+
+
+def landlock():
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(444, None, 0, 1)
+    return version if version >= 0 else f"refused: {os.strerror(ctypes.get_errno())}"
+
+
+def direct(host, port):
+    """Whether a process of uid 10001 gets a connection out past whatever listens on loopback."""
+    dial = f"import os, socket; os.setuid(10001); socket.create_connection(({host!r}, {port}), 3)"
+    return subprocess.run([sys.executable, "-S", "-c", dial], check=False, capture_output=True).returncode == 0
+
+
+def tried(host, port, inner):
+    if inner and not inner_namespace:
+        inner_namespace.append(Inner())
+    return {
+        "SO_PEERCRED": tried_or_why(peer_credentials),
+        "nft table": tried_or_why(new_table),
+        "landlock": landlock(),
+        "pids.max": [path for path in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max") if os.path.exists(path)],
+        "direct connection of uid 10001": direct(host, port),
+        **({"inner": inner_namespace[0].look()} if inner else {}),
+    }
 
 
 class Dial:
@@ -105,6 +211,9 @@ class Handler(BaseHTTPRequestHandler):
             "monotonic": time.monotonic(),
             "wall": time.time(),
         }
+
+    def on_supervisor(self, host, port, inner):
+        return tried(host, int(port), inner == "1")
 
     def on_count(self):
         state["count"] += 1

@@ -141,6 +141,8 @@ pub enum SupervisorMode {
 pub struct Supervisor {
     /// Which part of it runs.
     pub mode: SupervisorMode,
+    /// Nobody named the mode: it is had only where a probe sandbox shows that it can sleep ([`crate::probe`]).
+    pub auto: bool,
     /// Its binary on this machine.
     pub path: Option<PathBuf>,
     /// Its image, in place of `path`.
@@ -177,6 +179,7 @@ impl Default for Supervisor {
         let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(shim)));
         Self {
             mode: SupervisorMode::None,
+            auto: false,
             path: None,
             image: None,
             image_dir: String::new(),
@@ -409,6 +412,7 @@ impl Config {
         let default = Supervisor::default();
         let mut supervisor = Supervisor {
             mode: SupervisorMode::None,
+            auto: matches!(table.mode.as_deref().map(str::trim), None | Some("" | "auto")),
             path: path(table.path),
             image: text(table.image),
             image_dir: text(table.image_dir).unwrap_or_default(),
@@ -443,14 +447,14 @@ impl Config {
             Some("strict") => {
                 return wrong(
                     "\"strict\" cannot be had on gVisor: its network namespace is not restored, so a sandbox could \
-                     never sleep; write \"process\" or \"auto\""
+                     never sleep (docs/decisions/2026-11-supervisor-modes.md); write \"process\" or \"auto\""
                         .to_owned(),
                 );
             }
             Some("sidecar") => {
                 return wrong(
-                    "\"sidecar\" is not available: on gVisor a direct connection would go around its proxy; write \
-                     \"process\" or \"auto\""
+                    "\"sidecar\" is not available: on gVisor, where nftables does not work inside, a direct connection \
+                     goes around its proxy (docs/decisions/2026-11-supervisor-modes.md); write \"process\" or \"auto\""
                         .to_owned(),
                 );
             }

@@ -98,6 +98,22 @@ impl Control {
         F: Fn(Client, Request<Q>) -> A,
         A: Future<Output = Result<Response<R>, Status>>,
     {
+        let call = self.try_call(doing, allowance, request, attempt);
+        crate::metrics::waited(Box::pin(call)).await
+    }
+
+    async fn try_call<Q, R, F, A>(
+        &self,
+        doing: impl Into<String>,
+        allowance: Allowance,
+        request: Q,
+        attempt: F,
+    ) -> Result<R, Failure>
+    where
+        Q: Clone,
+        F: Fn(Client, Request<Q>) -> A,
+        A: Future<Output = Result<Response<R>, Status>>,
+    {
         let (Allowance::Short(deadline) | Allowance::Verb(deadline)) = allowance;
         let begun = Instant::now();
         let mut backoff = Backoff::new(Duration::from_millis(25), PATIENCE);
@@ -461,6 +477,19 @@ impl Control {
             )
             .await;
         Ok(absent_is_none(answer)?.is_some_and(|answer| answer.deleted))
+    }
+
+    /// All workers.
+    pub async fn list_workers(&self) -> Result<Vec<ateapi::Worker>, Failure> {
+        let answer = self
+            .call(
+                "list workers",
+                Allowance::Short(SHORT),
+                ateapi::ListWorkersRequest::default(),
+                |mut client, request| async move { client.list_workers(request).await },
+            )
+            .await?;
+        Ok(answer.workers)
     }
 
     /// All atespaces.

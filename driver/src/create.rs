@@ -30,7 +30,7 @@ use crate::control::SHORT;
 use crate::driver::{Driver, Plan};
 use crate::failure::Failure;
 use crate::gates::Key;
-use crate::{mirror, names, synthesize, token};
+use crate::{metrics, mirror, names, synthesize, token};
 
 const PENDING: &str = "pending-";
 const DONE: &str = "done-";
@@ -55,7 +55,9 @@ impl Driver {
     /// Makes a sandbox and has it boot; see the module.
     pub async fn create(self: Arc<Self>, sandbox: DriverSandbox) -> Result<(), Failure> {
         let driver = Arc::clone(&self);
-        let create = self.tasks.spawn(async move { driver.create_to_the_end(&sandbox).await });
+        let create = self
+            .tasks
+            .spawn(async move { metrics::of_call("create", driver.create_to_the_end(&sandbox)).await });
         create.await.map_err(|error| Failure::Precondition(format!("the create was interrupted: {error}")))?
     }
 

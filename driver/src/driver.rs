@@ -11,9 +11,11 @@ use tonic::Code;
 use crate::condition;
 use crate::config::Config;
 use crate::control::Control;
+use crate::driver_config::SandboxClass;
 use crate::failure::Failure;
 use crate::gates::{Gates, Key};
 use crate::hub::Hub;
+use crate::probe::Probes;
 use crate::supervisor::{self, Advisory};
 use crate::validate::{self, Wanted};
 use crate::{names, synthesize};
@@ -24,6 +26,8 @@ pub struct Driver {
     pub config: Config,
     /// What is mounted into sandboxes with a supervisor.
     pub delivery: supervisor::Delivery,
+    /// What `auto` rests on, where nobody named the supervisor's mode.
+    pub probes: Option<Probes>,
     /// The control plane.
     pub control: Control,
     /// The watch.
@@ -80,6 +84,7 @@ impl Driver {
         let mut advisories = wanted.advisories.clone();
         advisories.extend(supervisor::deliver(&self.config, &self.delivery, &wanted, &mut spec, &mut actor));
         self.tenancy(&wanted).await?;
+        advisories.extend(self.chosen_mode(&wanted).await?);
         let mut made_atespace = false;
         let (template, template_name) = if let Some(name) = &wanted.premade {
             self.premade(&wanted, name, spec).await?;
@@ -92,6 +97,17 @@ impl Driver {
         };
         actor.template.clone_from(&template_name);
         Ok(Plan { wanted, template, template_name, actor, advisories, made_atespace })
+    }
+
+    /// Why a sandbox gets the supervisor's mode that nobody named.
+    async fn chosen_mode(&self, wanted: &Wanted) -> Result<Option<Advisory>, Failure> {
+        let class = wanted.class.unwrap_or(self.config.default_sandbox_class);
+        let Some(probes) = self.probes.as_ref().filter(|_| class == SandboxClass::Gvisor) else {
+            return Ok(None);
+        };
+        let seen = probes.reason().await?;
+        let message = format!("auto chose process mode: {seen}; strict and sidecar cannot be had on gVisor");
+        Ok(Some(Advisory { subsystem: "supervisor", message }))
     }
 
     /// The same spec with its images pinned, if the control plane accepts it; and whether the atespace had to be made

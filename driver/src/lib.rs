@@ -10,6 +10,7 @@
 //!                      └▶ hub ▶ mirror ▶ condition             one watch for all, what the gateway is told (pure)
 //!                         boot                                 first boots that failed
 //!                         session, policy                      sessions of supervisors, and their egress policies
+//!                         probe                                whether a runtime can bring a supervisor back
 //!             all of them ▶ control ──▶ ateapi
 //! ```
 //!
@@ -33,9 +34,11 @@ pub mod hub;
 pub mod image;
 pub mod journal;
 pub mod lifecycle;
+pub mod metrics;
 pub mod mirror;
 pub mod names;
 pub mod policy;
+pub mod probe;
 pub mod quantity;
 pub mod service;
 pub mod session;
@@ -103,8 +106,13 @@ pub async fn serve(
     let sessions = session::Sessions::new(&config, &control, &delivery.master_key, &policies, quit.clone());
     let (hub, hub_task) = hub::Hub::new(control.clone(), boots, sessions, quit.clone());
     let _ = policies.set(policy::Policies::new(control.clone(), hub.clone()));
+    let probes = supervisor::probe_sandbox(&config, &delivery).map(|(template, files)| {
+        let class = driver_config::SandboxClass::Gvisor.as_str();
+        probe::Probes::new(control.clone(), class, template, files, &config.supervisor.store)
+    });
     let driver = Arc::new(driver::Driver {
         config,
+        probes: probes.clone(),
         delivery,
         control,
         hub,
@@ -116,6 +124,18 @@ pub async fn serve(
     tasks.spawn(hub_task);
     tasks.spawn(journal::run(Arc::clone(&driver), quit.clone()));
     tasks.spawn(boot::run(Arc::clone(&driver), failed_boots, quit.clone()));
+    if let Some(probes) = probes {
+        // So that the first create need not wait for it.
+        let quit = quit.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = quit.cancelled() => {}
+                probed = probes.reason() => if let Err(failure) = probed {
+                    tracing::warn!(error = %failure, "no supervisor yet");
+                }
+            }
+        });
+    }
     tracing::info!(socket = path, endpoint = driver.control.endpoint(), "the driver serves");
     if ready.send(()).is_err() {
         tracing::debug!("nobody waited for the driver to be ready");

@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 
 use crate::driver::Driver;
 use crate::failure::{Failure, Violation};
-use crate::{condition, names, supervisor};
+use crate::{condition, metrics, names, supervisor};
 
 /// Name under which the gateway knows the driver.
 pub const DRIVER_NAME: &str = "substrate";
@@ -59,7 +59,7 @@ impl ComputeDriver for Service {
         request: Request<compute::ValidateSandboxCreateRequest>,
     ) -> Result<Response<compute::ValidateSandboxCreateResponse>, Status> {
         let sandbox = required(request.into_inner().sandbox)?;
-        self.driver.plan(&sandbox).await?;
+        metrics::of_call("validate", self.driver.plan(&sandbox)).await?;
         Ok(Response::new(compute::ValidateSandboxCreateResponse {}))
     }
 
@@ -95,7 +95,7 @@ impl ComputeDriver for Service {
         &self,
         request: Request<compute::StopSandboxRequest>,
     ) -> Result<Response<compute::StopSandboxResponse>, Status> {
-        self.driver.stop(&request.into_inner().sandbox_id).await?;
+        metrics::of_call("stop", self.driver.stop(&request.into_inner().sandbox_id)).await?;
         Ok(Response::new(compute::StopSandboxResponse {}))
     }
 
@@ -103,7 +103,7 @@ impl ComputeDriver for Service {
         &self,
         request: Request<compute::StartSandboxRequest>,
     ) -> Result<Response<compute::StartSandboxResponse>, Status> {
-        self.driver.start(&request.into_inner().sandbox_id).await?;
+        metrics::of_call("start", self.driver.start(&request.into_inner().sandbox_id)).await?;
         Ok(Response::new(compute::StartSandboxResponse {}))
     }
 
@@ -111,7 +111,8 @@ impl ComputeDriver for Service {
         &self,
         request: Request<compute::DeleteSandboxRequest>,
     ) -> Result<Response<compute::DeleteSandboxResponse>, Status> {
-        let deleted = self.driver.delete(&request.into_inner().sandbox_id).await?;
+        let sandbox_id = request.into_inner().sandbox_id;
+        let deleted = metrics::of_call("delete", self.driver.delete(&sandbox_id)).await?;
         Ok(Response::new(compute::DeleteSandboxResponse { deleted }))
     }
 

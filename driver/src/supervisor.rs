@@ -12,7 +12,7 @@
 //!
 //! `strict` cannot be had on gVisor: the inner network namespace is not restored, so such a sandbox could never sleep.
 //! `sidecar` leaves a way around its proxy there (nftables does not work inside). `auto` takes the strongest that can
-//! sleep: `process`, or `none` where no gateway or supervisor is configured.
+//! sleep, which [`crate::probe`] tries: `process`, or `none` where no gateway or supervisor is configured.
 //!
 //! Supervisor and shim come as images ([`crate::bundle`]), mounted read-only.
 use std::collections::BTreeMap;
@@ -21,13 +21,14 @@ use std::io;
 use serde_json::json;
 use substrate_proto::compute::GatewayListenerRequirement;
 use substrate_proto::types::{
-    ActorSpec, File, HttpGet, ImageMount, Readiness, SecurityContext, TemplateSpec,
+    ActorSpec, Container, File, HttpGet, ImageMount, Readiness, SecurityContext, TemplateSpec,
 };
-use substrate_session::shim::{HUB_PORT, READY_PATH, SUPERVISOR_PORT};
+use substrate_session::shim::{HUB_PORT, READY_PATH, STAND_IN, SUPERVISOR_PORT};
 use substrate_session::wire::SessionKey;
 
 use crate::bundle;
 use crate::config::{Config, ConfigError, SupervisorMode};
+use crate::driver_config::SandboxClass;
 use crate::names;
 use crate::validate::Wanted;
 
@@ -149,6 +150,45 @@ pub fn deliver(
     ]
     .map(|(subsystem, message)| Advisory { subsystem, message: message.to_owned() });
     degraded.into_iter().chain(readiness).collect()
+}
+
+/// A sandbox that shows whether a supervisor could sleep: the shim, and a stand-in for the supervisor that holds a
+/// connection to it; none where no mode is to be chosen.
+pub fn probe_sandbox(config: &Config, delivery: &Delivery) -> Option<(TemplateSpec, ActorSpec)> {
+    let shim =
+        delivery.shim.clone().filter(|_| config.supervisor.auto && config.supervisor.mode.has_session())?;
+    // The shim needs nothing of an image when it is linked statically, and else what the usual image has.
+    let image =
+        if config.default_image.is_empty() { shim.image.clone() } else { config.default_image.clone() };
+    let program = format!("{SHIM_DIR}/{SHIM}");
+    let main = Container {
+        name: crate::synthesize::CONTAINER.to_owned(),
+        image,
+        command: vec![
+            program.clone(),
+            "--key".to_owned(),
+            KEY_PATH.to_owned(),
+            "--".to_owned(),
+            program,
+            STAND_IN.to_owned(),
+        ],
+        image_mounts: vec![shim],
+        security_context: Some(SecurityContext { run_as: "0:0".to_owned(), ..SecurityContext::default() }),
+        readiness: Some(Readiness {
+            http_get: Some(HttpGet { path: READY_PATH.to_owned(), port: u32::from(HUB_PORT) }),
+            ..Readiness::default()
+        }),
+        ..Container::default()
+    };
+    let template = TemplateSpec {
+        sandbox_class: SandboxClass::Gvisor.as_str().to_owned(),
+        containers: vec![main],
+        worker_pool: config.default_worker_pool.clone(),
+        holds_identity: true,
+        ..TemplateSpec::default()
+    };
+    let key = SessionKey::derive(&delivery.master_key, "probe");
+    Some((template, ActorSpec { files: vec![secret(KEY_PATH, &key)], ..ActorSpec::default() }))
 }
 
 fn secret(path: &str, content: &[u8]) -> File {
@@ -298,8 +338,6 @@ impl SupervisorMode {
 
 #[cfg(test)]
 mod tests {
-    use substrate_proto::types::Container;
-
     use super::*;
     use crate::config::Supervisor;
 

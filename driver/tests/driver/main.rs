@@ -2,8 +2,10 @@
 //! The driver as a whole: served on a socket, over a control plane in memory.
 mod contract;
 mod create;
+mod faults;
 mod gateway;
 mod lifecycle;
+mod probe;
 mod real;
 mod stub;
 mod tls;

@@ -10,6 +10,7 @@ mod probe;
 pub use microvm::{Microvm, Named};
 pub use probe::{Runtime, gather, runtime, workspace};
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -65,6 +66,8 @@ pub struct Facts {
     pub dir: PathBuf,
     /// Free bytes there, or why that is unknown.
     pub free: Result<u64, String>,
+    /// What the driver's probes saw of each runtime, by digest.
+    pub probes: BTreeMap<String, openshell_driver_substrate::probe::Verdict>,
     /// Whether `ip` is there; the demo uses it.
     pub ip: bool,
     /// Whether `python3` is there; the demo uses it.
@@ -135,7 +138,7 @@ impl Check {
 
 /// Judges a machine.
 pub fn check(facts: &Facts) -> Vec<Check> {
-    vec![
+    let mut checks = vec![
         check_root(facts),
         check_kernel(facts),
         check_runsc(facts),
@@ -148,7 +151,23 @@ pub fn check(facts: &Facts) -> Vec<Check> {
         check_netns(facts),
         check_disk(facts),
         check_demo(facts),
-    ]
+    ];
+    checks.extend(facts.probes.iter().map(|(digest, verdict)| check_probe(digest, verdict)));
+    checks
+}
+
+/// What `supervisor.mode = "auto"` of the driver rests on.
+fn check_probe(digest: &str, verdict: &openshell_driver_substrate::probe::Verdict) -> Check {
+    let sentence = verdict.sentence(digest);
+    match verdict.problem {
+        None => Check::ok("supervisor", format!("auto: process mode; {sentence}")),
+        Some(_) => Check::with(
+            Verdict::Warning,
+            "supervisor",
+            format!("auto: none; {sentence}"),
+            "pin a runtime that restores it (docs/runsc.md)",
+        ),
+    }
 }
 
 fn install(facts: &Facts, package: &str) -> String {
@@ -454,6 +473,7 @@ mod tests {
             netns: Some(Ok(())),
             dir: "/var/lib/substrate".into(),
             free: Ok(100 << 30),
+            probes: BTreeMap::new(),
             ip: true,
             python: true,
         }

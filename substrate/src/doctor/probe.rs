@@ -56,6 +56,11 @@ pub async fn gather(dir: &Path, runsc: Option<&Path>, ateom: Option<&Path>, name
         netns: is_root.then(try_netns),
         dir: dir.to_owned(),
         free: free_bytes(dir),
+        // A file that cannot be read is probed again; the driver says so.
+        probes: openshell_driver_substrate::probe::verdicts(
+            &dir.join("driver").join(openshell_driver_substrate::probe::FILE),
+        )
+        .unwrap_or_default(),
         ip: in_path("ip").is_some(),
         python: in_path("python3").is_some(),
     }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A driver on the stub and a client that asks as the gateway does.
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use openshell_driver_substrate::{Config, driver_config};
@@ -23,6 +25,23 @@ pub struct Bench {
     _dir: tempfile::TempDir,
     api: Option<(CancellationToken, tokio::task::JoinHandle<()>)>,
     driver: Option<(CancellationToken, tokio::task::JoinHandle<()>)>,
+    /// A driver that can be killed: its thread, as the kernel names it, and whether it still runs.
+    mortal: Option<(PathBuf, Arc<AtomicBool>)>,
+}
+
+/// Ends a driver at once, in the middle of whatever it does.
+pub struct Killer {
+    kill: oneshot::Sender<()>,
+    killed: std::sync::mpsc::Receiver<()>,
+}
+
+impl Killer {
+    /// Returns when nothing of it is left.
+    pub fn kill(self) {
+        // It may have ended by itself.
+        let _ = self.kill.send(());
+        self.killed.recv_timeout(Duration::from_secs(20)).expect("the driver dies in time");
+    }
 }
 
 impl Bench {
@@ -39,7 +58,7 @@ impl Bench {
         };
         change(&mut config);
         let client = connect(&config.socket_path);
-        let mut bench = Self { stub, config, client, _dir: dir, api: None, driver: None };
+        let mut bench = Self { stub, config, client, _dir: dir, api: None, driver: None, mortal: None };
         bench.start_api();
         bench.start_driver().await;
         bench
@@ -75,6 +94,61 @@ impl Bench {
         let task = tokio::spawn(async move { serving.await.unwrap() });
         is_ready.await.unwrap();
         self.driver = Some((quit, task));
+    }
+
+    /// Puts a driver that can be killed in the place of the one there is: in a thread and a runtime of its own.
+    pub async fn make_mortal(&mut self) {
+        self.stop_driver().await;
+        let (kill, is_killed) = oneshot::channel();
+        let (dead, killed) = std::sync::mpsc::channel();
+        let (named, name) = oneshot::channel();
+        let (ready, is_ready) = oneshot::channel();
+        let (config, lives) = (self.config.clone(), Arc::new(AtomicBool::new(true)));
+        let alive = Arc::clone(&lives);
+        std::thread::spawn(move || {
+            drop(named.send(std::fs::read_link("/proc/thread-self").unwrap()));
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                tokio::select! {
+                    served = openshell_driver_substrate::serve(config, ready, CancellationToken::new()) => served.unwrap(),
+                    // Dropped unsent with the bench: the end as well.
+                    _ = is_killed => {}
+                }
+            });
+            // Every task of it ends here, wherever it is.
+            drop(runtime);
+            alive.store(false, Ordering::SeqCst);
+            let _ = dead.send(());
+        });
+        is_ready.await.unwrap();
+        let thread = std::path::Path::new("/proc").join(name.await.unwrap());
+        self.mortal = Some((thread, lives));
+        self.stub.world.lock().unwrap().killer = Some(Killer { kill, killed });
+        self.stub.until(|stub| stub.calls("list_atespaces") > 1).await;
+        self.until_it_answers().await;
+    }
+
+    /// The client may still hold the connection to a driver that is no more.
+    pub async fn until_it_answers(&mut self) {
+        for _ in 0..100 {
+            if self.client.get_capabilities(compute::GetCapabilitiesRequest {}).await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the driver does not answer");
+    }
+
+    /// Whether the mortal driver was killed.
+    pub fn is_dead(&self) -> bool {
+        self.mortal.as_ref().is_some_and(|(_, lives)| !lives.load(Ordering::SeqCst))
+    }
+
+    /// CPU time of the mortal driver's thread.
+    pub fn driver_cpu(&self) -> Duration {
+        let (thread, _) = self.mortal.as_ref().unwrap();
+        let spent = std::fs::read_to_string(thread.join("schedstat")).unwrap();
+        Duration::from_nanos(spent.split_whitespace().next().unwrap().parse().unwrap())
     }
 
     pub async fn stop_driver(&mut self) {

@@ -56,7 +56,12 @@ pub struct World {
     faults: HashMap<&'static str, VecDeque<Fault>>,
     nth: HashMap<&'static str, (usize, Fault)>,
     reap_template: bool,
+    /// Digest of the workers' runtime.
+    pub runtime: String,
     revision: u64,
+    /// At the call after so many more, with its effect or without: the driver dies.
+    kill: Option<(usize, bool)>,
+    killer: Option<bench::Killer>,
 }
 
 /// Handle on the stub's inside.
@@ -89,6 +94,16 @@ impl Stub {
     pub fn fault_nth(&self, method: &'static str, nth: usize, fault: Fault) {
         let mut world = self.world.lock().unwrap();
         world.nth.insert(method, (nth, fault));
+    }
+
+    /// The driver dies in the call after `nth` more, before it has its effect or after.
+    pub fn kill_at(&self, nth: usize, works: bool) {
+        self.world.lock().unwrap().kill = Some((nth, works));
+    }
+
+    /// All calls so far.
+    pub fn all_calls(&self) -> usize {
+        self.world.lock().unwrap().calls.len()
     }
 
     /// Whether that fault has not come up yet.
@@ -210,6 +225,27 @@ impl Stub {
         method: &'static str,
         work: impl FnOnce(&Self) -> Result<T, Status>,
     ) -> Result<Response<T>, Status> {
+        let dies = {
+            let mut world = self.world.lock().unwrap();
+            match world.kill {
+                Some((0, works)) => {
+                    world.kill = None;
+                    world.killer.take().map(|killer| (killer, works))
+                }
+                Some((left, works)) => {
+                    world.kill = Some((left - 1, works));
+                    None
+                }
+                None => None,
+            }
+        };
+        if let Some((killer, works)) = dies {
+            if works {
+                drop(work(self));
+            }
+            killer.kill();
+            return Err(Status::unavailable("nobody hears this"));
+        }
         let fault = {
             let mut world = self.world.lock().unwrap();
             world.calls.push(method);
@@ -691,7 +727,17 @@ impl Control for Stub {
         &self,
         _: Request<ateapi::ListWorkersRequest>,
     ) -> Result<Response<ateapi::ListWorkersResponse>, Status> {
-        unused()
+        self.call("list_workers", |stub| {
+            let runtime = stub.world.lock().unwrap().runtime.clone();
+            let worker = ateapi::Worker {
+                id: "w1".to_owned(),
+                sandbox_class: "gvisor".to_owned(),
+                runtime_digest: if runtime.is_empty() { "test-runsc".to_owned() } else { runtime },
+                alive: true,
+                ..Default::default()
+            };
+            Ok(ateapi::ListWorkersResponse { workers: vec![worker] })
+        })
     }
     async fn cordon_worker(
         &self,

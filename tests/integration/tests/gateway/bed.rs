@@ -44,6 +44,11 @@ impl Bed {
 
     /// Starts both, with tokens that live this many seconds (0: for good).
     pub async fn start_with(bins: &Path, workers: u32, token_ttl_secs: u64) -> Result<Self> {
+        Self::start_mode(bins, workers, token_ttl_secs, "process").await
+    }
+
+    /// Starts both, with that mode of the supervisor.
+    pub async fn start_mode(bins: &Path, workers: u32, token_ttl_secs: u64, mode: &str) -> Result<Self> {
         let root = tempfile::Builder::new().prefix("gw-").tempdir_in("/tmp")?;
         let bins = bins.to_owned();
         let certificates = root.path().join("certs");
@@ -64,7 +69,7 @@ impl Bed {
              gateway_id = \"test\"\nttl_secs = {token_ttl_secs}\n\
              [openshell.drivers.substrate]\nsocket_path = \"{}\"\ngateway_endpoint = \"http://127.0.0.1:{port}\"\n\
              default_image = {:?}\n\
-             [openshell.drivers.substrate.supervisor]\nmode = \"process\"\nsettings_poll_secs = 1\npath = \"{}\"\n",
+             [openshell.drivers.substrate.supervisor]\nmode = \"{mode}\"\nsettings_poll_secs = 1\npath = \"{}\"\n",
             jwt.join("signing.pem").display(),
             jwt.join("public.pem").display(),
             jwt.join("kid").display(),

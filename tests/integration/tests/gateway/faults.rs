@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What goes wrong around sessions: a gateway that goes and comes back, two of them, an image that is no more.
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
-use substrate_integration::image;
+use substrate_integration::{PATIENCE, image};
 use substrate_proto::ateapi::ActorState;
 
 use crate::bed::{Bed, SLEEPLESS, bin_dir};
@@ -73,6 +75,67 @@ async fn a_sandbox_whose_image_vanished_still_wakes() -> Result<()> {
     ensure!(!refused.status.success(), "a sandbox of nothing");
     let path = layout_name(&reference);
     ensure!(said.replace(['\n', ' ', '│'], "").contains(&path), "the refusal does not name {path}: {said}");
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn an_exec_in_a_sandbox_without_bash_is_refused_with_the_reason() -> Result<()> {
+    let mut bed = Bed::start(&bin_dir()?, 2).await?;
+    let uid = bed.create("alice", &["sleep", "100000"]).await?;
+    bed.as_root("alice", "mv /bin/bash /bin/not-bash")?;
+    bed.fall_asleep(&uid).await?;
+    let exec = ["sandbox", "exec", "--name", "alice", "--no-tty", "--", "true"];
+    // The first one wakes it, and is told as soon as the shim has been asked.
+    for asked in ["asleep", "awake"] {
+        let began = tokio::time::Instant::now();
+        let refused = bed.cli(&exec).await?;
+        let took = began.elapsed();
+        let said = String::from_utf8_lossy(&refused.stderr).replace(['\n', ' ', '│'], "");
+        ensure!(!refused.status.success(), "{asked}: without bash");
+        ensure!(said.contains("/bin/bash"), "{asked}: the refusal does not say why: {said}");
+        ensure!(took < Duration::from_secs(10), "{asked}: refused after {took:?}");
+    }
+    // Once it is there again it is used again.
+    bed.as_root("alice", "mv /bin/not-bash /bin/bash")?;
+    bed.fall_asleep(&uid).await?;
+    bed.until("an exec works again", async |bed| Ok(bed.cli(&exec).await?.status.success())).await?;
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_hub_killed_under_an_exec_ends_it_and_the_next_one_works() -> Result<()> {
+    let mut bed = Bed::start(&bin_dir()?, 2).await?;
+    bed.create("alice", &["sleep", "100000"]).await?;
+    let mut exec = bed
+        .command()
+        .args([
+            "sandbox",
+            "exec",
+            "--name",
+            "alice",
+            "--no-tty",
+            "--",
+            "sh",
+            "-c",
+            "echo > /dev/shm/runs; sleep 1000",
+        ])
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    bed.until("the exec runs", async |bed| Ok(bed.as_root("alice", "test -e /dev/shm/runs").is_ok())).await?;
+    bed.machine.kill();
+    let ended =
+        tokio::time::timeout(PATIENCE, exec.wait()).await.context("an exec hangs without its hub")??;
+    ensure!(!ended.success(), "it cannot have ended well");
+    bed.machine.restart().await?;
+    bed.until("the next one works", async |bed| {
+        let said = bed.cli(&["sandbox", "exec", "--name", "alice", "--no-tty", "--", "echo", "here"]).await?;
+        Ok(said.stdout == b"here\n")
+    })
+    .await?;
     bed.stop().await
 }
 

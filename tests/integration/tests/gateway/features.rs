@@ -62,6 +62,27 @@ async fn f1_settings_and_policies_reach_a_sandbox_and_take_effect() -> Result<()
 
 #[tokio::test]
 #[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_mode_that_nobody_named_is_what_a_probe_shows() -> Result<()> {
+    let bed = Bed::start_mode(&bin_dir()?, 2, 0, "auto").await?;
+    bed.create("alice", &["sleep", "100000"]).await?;
+    ensure!(bed.exec("alice", "echo here").await? == "here");
+    let path = bed.machine.dir.join("driver/probes.json");
+    let seen: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let seen = seen.as_object().context("verdicts by digest")?;
+    ensure!(seen.len() == 1, "{seen:?}");
+    for (digest, verdict) in seen {
+        ensure!(
+            digest.len() == 64 && verdict["problem"].is_null() && verdict["wakes"] == 3,
+            "{digest}: {verdict}"
+        );
+    }
+    // Of the probe itself nothing is left, and nobody sees it.
+    ensure!(bed.machine.cli(&["get", "actors", "-A"])?.stdout.windows(5).all(|part| part != b"probe"));
+    bed.stop().await
+}
+
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
 async fn f2_inference_is_refused_clearly_where_there_is_no_proxy() -> Result<()> {
     let mut bed = Bed::start(&bin_dir()?, 1).await?;
     let uid = bed.create("alice", &["sleep", "100000"]).await?;
