@@ -147,6 +147,17 @@ pub struct Microvm {
     description: Description,
 }
 
+/// By which a runtime is known to snapshots.
+#[derive(Debug, Clone, Copy)]
+pub enum Identity<'a> {
+    /// The sha256 (hex) of its binary, whatever it is.
+    Found,
+    /// As before, and it must be this.
+    Binary(&'a str),
+    /// That of the archive it came in, which the node agent has verified.
+    Archive(&'a str),
+}
+
 /// How the accelerator is chosen.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Choice<'a> {
@@ -205,19 +216,21 @@ impl Microvm {
     /// See [`MicrovmError`].
     pub fn new(
         monitor: &Path,
-        pinned: Option<&str>,
+        identity: Identity<'_>,
         kernel: &Path,
         accelerator: Choice<'_>,
         directory: &Path,
     ) -> Result<Self, MicrovmError> {
         let missing = |source| MicrovmError::Missing { path: monitor.to_owned(), source };
-        let digest = sha256_file(monitor).map_err(missing)?;
-        if let Some(wanted) = pinned
-            && !wanted.eq_ignore_ascii_case(&digest)
-        {
-            let wanted = wanted.to_owned();
-            return Err(MicrovmError::Digest { path: monitor.to_owned(), found: digest, wanted });
-        }
+        let found = sha256_file(monitor).map_err(missing)?;
+        let digest = match identity {
+            Identity::Archive(digest) => digest.to_ascii_lowercase(),
+            Identity::Binary(wanted) if !wanted.eq_ignore_ascii_case(&found) => {
+                let wanted = wanted.to_owned();
+                return Err(MicrovmError::Digest { path: monitor.to_owned(), found, wanted });
+            }
+            Identity::Binary(_) | Identity::Found => found,
+        };
         let kind = Kind::of(&process::ask(monitor, &["--version"])?);
         let (image, more) = match kind {
             Kind::Qemu => ("vmlinuz", &[][..]),

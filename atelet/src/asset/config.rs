@@ -40,7 +40,8 @@ pub struct RuntimeConfig {
     pub name: String,
     /// gVisor: the runsc binary.
     pub runsc: Option<PerArchitecture>,
-    /// microVM: the machine monitor's binary. Default: the one that was found.
+    /// microVM: the machine monitor's binary, or a tar archive (plain, gzip or zstd) of `usr/` with it, its firmware and
+    /// modules. Default: the one that was found.
     pub vmm: Option<PerArchitecture>,
     /// microVM: a tar archive (plain, gzip or zstd) with `vmlinuz` and `modules/`. Default: what was found.
     pub kernel: Option<PerArchitecture>,
@@ -95,6 +96,12 @@ impl RuntimeConfig {
         [("runsc", &self.runsc), ("vmm", &self.vmm), ("kernel", &self.kernel)]
             .into_iter()
             .filter_map(|(name, part)| Some((name, part.as_ref()?)))
+    }
+
+    /// The first six digits of each part's sha256 for this machine, for a worker's name: another content is another one.
+    pub fn short_digests(&self) -> String {
+        let here = self.parts().filter_map(|(_, of)| of.here());
+        here.map(|asset| asset.sha256.get(..6).unwrap_or("none")).collect::<Vec<_>>().join("-")
     }
 
     /// What the class's snapshots call it: the sha256 of the binary for this machine.

@@ -14,7 +14,9 @@
 //! there before anything is announced, an older one is tried again whenever its worker is, until it is there. What is
 //! in the cache needs its source no more.
 //!
-//! **Verified.** On the way in; and the ateom hashes the binary it is given once more at each start of a worker.
+//! **Verified.** On the way in; and the ateom hashes the binary it is given once more at each start of a worker. A
+//! machine monitor may be an archive: QEMU is no single file, it loads firmware and modules from beside itself. Then the
+//! runtime's identity is the archive's digest, which covers all of them.
 //!
 //! **Collected** ([`AssetStore::collect`]) is only what neither the config, nor a snapshot, nor a worker that runs
 //! names.
@@ -78,7 +80,7 @@ pub enum AssetError {
         bytes: u64,
     },
     /// An archive is none, or lacks something.
-    #[error("the kernel archive {url} cannot be used: {reason}")]
+    #[error("the archive {url} cannot be used: {reason}")]
     Archive {
         /// Where it came from.
         url: String,
@@ -90,13 +92,24 @@ pub enum AssetError {
     Io(#[from] std::io::Error),
 }
 
+/// A machine monitor of the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmmFile {
+    /// Its program.
+    pub path: PathBuf,
+    /// sha256 (hex) of the asset.
+    pub sha256: String,
+    /// The asset is an archive with this in it.
+    pub is_packed: bool,
+}
+
 /// The files of a runtime on this node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeFiles {
     /// `runsc`, with its sha256.
     pub runsc: Option<(PathBuf, String)>,
-    /// The machine monitor, with its sha256.
-    pub vmm: Option<(PathBuf, String)>,
+    /// The machine monitor.
+    pub vmm: Option<VmmFile>,
     /// Directory with `vmlinuz` and `modules/`.
     pub kernel: Option<PathBuf>,
 }
@@ -165,28 +178,28 @@ impl AssetStore {
 
     async fn bring(&self, part: &'static str, asset: &Asset, new: &Path) -> Result<(), AssetError> {
         let file = new.join(part);
-        if part != "kernel" {
-            fetch::fetch(&self.client, asset, &file).await?;
-            return Ok(crate::blocking(move || {
-                use std::os::unix::fs::PermissionsExt as _;
-                std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))?;
-                durable::sync_dir(file.parent().unwrap_or(Path::new("/")))
-            })
-            .await?);
-        }
         let archive = new.join("archive");
         fetch::fetch(&self.client, asset, &archive).await?;
         let (url, new) = (asset.url.clone(), new.to_owned());
         crate::blocking(move || {
-            crate::image::unpack_archive(&archive, &file)
-                .map_err(|reason| AssetError::Archive { url: url.clone(), reason })?;
-            let kernel = file.join("vmlinuz");
-            if !kernel.is_file() || !file.join("modules").is_dir() {
-                let reason = "it has no vmlinuz or no modules/ at its top".to_owned();
-                return Err(AssetError::Archive { url, reason });
+            use std::os::unix::fs::PermissionsExt as _;
+            if part != "kernel" && !(part == "vmm" && is_archive(&archive)?) {
+                std::fs::rename(&archive, &file)?;
+                std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755))?;
+                return Ok(durable::sync_dir(&new)?);
             }
-            // Snapshots know the kernel by the digest of this file.
-            std::fs::write(new.join("holds"), sha256_file(&kernel)?)?;
+            let unusable = |reason: String| AssetError::Archive { url: url.clone(), reason };
+            crate::image::unpack_archive(&archive, &file).map_err(unusable)?;
+            if part == "kernel" {
+                let kernel = file.join("vmlinuz");
+                if !kernel.is_file() || !file.join("modules").is_dir() {
+                    return Err(unusable("it has no vmlinuz or no modules/ at its top".to_owned()));
+                }
+                // Snapshots know the kernel by the digest of this file.
+                std::fs::write(new.join("holds"), sha256_file(&kernel)?)?;
+            } else if vmm_in(&file).is_none() {
+                return Err(unusable(format!("it has none of {}", VMMS.join(", "))));
+            }
             durable::remove_file(&archive)?;
             Ok(durable::sync_dir(&new)?)
         })
@@ -205,7 +218,14 @@ impl AssetStore {
             let path = self.ensure(part, asset).await?;
             match part {
                 "runsc" => files.runsc = Some((path, asset.sha256.clone())),
-                "vmm" => files.vmm = Some((path, asset.sha256.clone())),
+                "vmm" => {
+                    let found = path.is_dir().then(|| vmm_in(&path));
+                    files.vmm = Some(VmmFile {
+                        is_packed: found.is_some(),
+                        path: found.flatten().unwrap_or(path),
+                        sha256: asset.sha256.clone(),
+                    });
+                }
                 _ => files.kernel = Some(path),
             }
         }
@@ -263,6 +283,29 @@ impl AssetStore {
         gone.sort();
         Ok(gone)
     }
+}
+
+/// Where an archive may have its machine monitor.
+const VMMS: [&str; 6] = [
+    "usr/bin/qemu-system-x86_64",
+    "usr/bin/qemu-system-aarch64",
+    "bin/qemu-system-x86_64",
+    "bin/qemu-system-aarch64",
+    "bin/cloud-hypervisor",
+    "bin/firecracker",
+];
+
+fn vmm_in(unpacked: &Path) -> Option<PathBuf> {
+    VMMS.iter().map(|name| unpacked.join(name)).find(|path| path.is_file())
+}
+
+/// Whether a file is a tar archive, perhaps in gzip or zstd (RFC 1952, RFC 8878), by its first bytes.
+fn is_archive(path: &Path) -> std::io::Result<bool> {
+    use std::io::Read as _;
+    let mut head = Vec::new();
+    std::fs::File::open(path)?.take(512).read_to_end(&mut head)?;
+    let is_tar = head.get(257..262).is_some_and(|magic| magic == b"ustar");
+    Ok(is_tar || head.starts_with(&[0x1f, 0x8b]) || head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]))
 }
 
 /// Command lines of the workers that have a note: they name what they run.

@@ -170,6 +170,17 @@ async fn a_kernel_is_unpacked_and_known_by_its_image() {
     let error = store.ensure("kernel", &asset(wanted.url.clone(), &bad)).await.unwrap_err().to_string();
     assert!(error.contains("vmlinuz"), "{error}");
     assert_eq!(entries(&cache), 1);
+    // A machine monitor in an archive, with what it loads.
+    let good = make(&["usr/bin/qemu-system-x86_64", "usr/share/qemu/bios.bin"]);
+    std::fs::write(&source, &good).unwrap();
+    let wanted = asset(wanted.url, &good);
+    let path = store.ensure("vmm", &wanted).await.unwrap();
+    assert_eq!(vmm_in(&path), Some(path.join("usr/bin/qemu-system-x86_64")));
+    assert!(path.join("usr/share/qemu/bios.bin").is_file());
+    let bad = make(&["usr/share/qemu/bios.bin"]);
+    std::fs::write(&source, &bad).unwrap();
+    let error = store.ensure("vmm", &asset(wanted.url, &bad)).await.unwrap_err().to_string();
+    assert!(error.contains("it has none of usr/bin/qemu-system-x86_64"), "{error}");
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ use super::service::Service;
 use super::session::Hub;
 use crate::actor::ledger::Ledger;
 use crate::actor::place::ActorPlaces;
-use crate::asset::{AssetStore, Policy, RuntimeConfig, SandboxConfig};
+use crate::asset::{AssetStore, Policy, SandboxConfig};
 use crate::blob::{self, BlobError, BlobStore};
 use crate::config::{WorkerConfig, admits, cores};
 use crate::disk::Disk;
@@ -39,7 +39,7 @@ use crate::snapshot::FileKeyStore;
 use crate::snapshot::node::NodeSnapshots;
 use crate::snapshot::restore::Durable;
 use crate::worker::process::{Process, boot_id};
-use crate::worker::{News, Settings, Worker, dial};
+use crate::worker::{News, OwnRuntime, Settings, Worker, dial};
 use crate::{Config, Error, durable};
 
 /// How often logs are looked at: often, because a workload that writes without end fills the disk meanwhile.
@@ -258,13 +258,15 @@ fn lock(path: &Path) -> Result<Flock<std::fs::File>, Error> {
 }
 
 /// The runtime of each worker that has one of its own.
-fn runtimes(config: &Config, policy: Option<&Policy>) -> Result<Vec<Option<RuntimeConfig>>, Error> {
+fn runtimes(config: &Config, policy: Option<&Policy>) -> Result<Vec<Option<OwnRuntime>>, Error> {
     let known = policy.map(Policy::now);
     let of = |worker: &WorkerConfig| {
         let Some(name) = &worker.runtime else { return Ok(None) };
         let class = known.as_ref().map(|known| known.class(worker.class));
-        let found = class.and_then(|class| class.runtimes.iter().find(|runtime| runtime.name == *name));
-        found.cloned().map(Some).ok_or_else(|| {
+        let runtimes = class.into_iter().flat_map(|class| class.runtimes.iter().enumerate());
+        let found = runtimes.into_iter().find(|(_, runtime)| runtime.name == *name);
+        let own = found.map(|(at, config)| OwnRuntime { config: config.clone(), is_older: at > 0 });
+        own.map(Some).ok_or_else(|| {
             Error::Config(format!(
                 "workers: {} is to run the runtime {name:?}, which the sandbox config does not name",
                 worker.id

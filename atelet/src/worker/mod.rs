@@ -112,15 +112,16 @@ impl Settings {
         ];
         let (program, digest) = match &self.microvm {
             Some(microvm) if class == WorkerClass::Microvm => {
-                let (qemu, digest) = match files.vmm {
-                    Some((qemu, digest)) => (qemu, Some(digest)),
-                    None => (microvm.qemu.clone(), microvm.qemu_sha256.clone()),
+                let (qemu, digest, is_packed) = match files.vmm {
+                    Some(vmm) => (vmm.path, Some(vmm.sha256), vmm.is_packed),
+                    None => (microvm.qemu.clone(), microvm.qemu_sha256.clone(), false),
                 };
                 args.extend(["--qemu".to_owned(), path(&qemu)]);
                 args.extend(["--kernel".to_owned(), path(files.kernel.as_ref().unwrap_or(&microvm.kernel))]);
                 args.extend(["--accelerator", microvm.accelerator.name(), "--kvm-known"].map(str::to_owned));
                 args.push(path(&self.state.join("kvm.json")));
-                args.extend(digest.iter().flat_map(|digest| ["--qemu-sha256".to_owned(), digest.clone()]));
+                let name = if is_packed { "--archive-sha256" } else { "--qemu-sha256" };
+                args.extend(digest.iter().flat_map(|digest| [name.to_owned(), digest.clone()]));
                 (&microvm.ateom_binary, digest)
             }
             // A class without its settings is refused with the configuration.
@@ -240,26 +241,36 @@ pub struct Worker {
     view: watch::Receiver<View>,
 }
 
+/// A runtime that a worker's settings name.
+#[derive(Debug, Clone)]
+pub struct OwnRuntime {
+    /// What it is.
+    pub config: RuntimeConfig,
+    /// It is not the one that new actors start on.
+    pub is_older: bool,
+}
+
 impl Worker {
     /// Starts the worker's task.
     pub fn supervise(
         settings: Arc<Settings>,
         hierarchy: &Arc<Hierarchy>,
         worker: &WorkerConfig,
-        runtime: Option<RuntimeConfig>,
+        runtime: Option<OwnRuntime>,
         listener: Listener,
         stop: CancellationToken,
     ) -> (Self, tokio::task::JoinHandle<()>) {
         let (sender, view) =
             watch::channel(View { trouble: "it is being started".into(), ..View::default() });
-        let (socket, restores_only) = (settings.socket(&worker.id), runtime.is_some());
+        let socket = settings.socket(&worker.id);
+        let restores_only = runtime.as_ref().is_some_and(|runtime| runtime.is_older);
         let task = Task {
             group: settings.group(hierarchy, &worker.id),
             settings,
             id: worker.id.clone(),
             pool: worker.pool.clone(),
             class: worker.class,
-            runtime,
+            runtime: runtime.map(|runtime| runtime.config),
             view: sender,
             listener,
             stop,

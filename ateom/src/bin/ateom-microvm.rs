@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ateom::microvm::accelerator::{self, Wanted};
-use ateom::microvm::{self, Choice, Microvm, jail};
+use ateom::microvm::{self, Choice, Identity, Microvm, jail};
 use ateom::{launcher, worker};
 use clap::Parser;
 
@@ -20,6 +20,10 @@ struct Arguments {
     /// sha256 (hex) that it must have.
     #[arg(long)]
     qemu_sha256: Option<String>,
+    /// sha256 (hex) of the archive that it was unpacked from, with its firmware and modules: then that is the runtime's
+    /// digest.
+    #[arg(long, conflicts_with = "qemu_sha256")]
+    archive_sha256: Option<String>,
     /// Directory of the guests' kernel: vmlinuz (for the experimental ones: vmlinux) and modules/.
     #[arg(long)]
     kernel: PathBuf,
@@ -63,8 +67,12 @@ fn main() -> anyhow::Result<()> {
     let state_dir = arguments.worker.state_dir.clone();
     let claimed = worker::claim(arguments.worker)?;
     let choice = Choice { wanted: arguments.accelerator, known: arguments.kvm_known.as_deref() };
-    let pinned = arguments.qemu_sha256.as_deref();
-    let microvm = Microvm::new(&arguments.qemu, pinned, &arguments.kernel, choice, &state_dir)?;
+    let identity = match (&arguments.archive_sha256, &arguments.qemu_sha256) {
+        (Some(archive), _) => Identity::Archive(archive),
+        (None, Some(binary)) => Identity::Binary(binary),
+        (None, None) => Identity::Found,
+    };
+    let microvm = Microvm::new(&arguments.qemu, identity, &arguments.kernel, choice, &state_dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
     runtime.block_on(claimed.serve(Arc::new(microvm)))
 }

@@ -356,6 +356,12 @@ impl Settings {
         self.workers + self.microvm_workers
     }
 
+    /// Name of the runtime that new actors of the microVM class start on, if the sandbox config says it. It is known by
+    /// more than the path of its binary; that of gVisor is not.
+    pub fn microvm_runtime(&self) -> Option<String> {
+        self.sandbox.as_ref()?.1.microvm.runtimes.first().map(|first| first.name.clone())
+    }
+
     /// Workers for snapshots of runtimes after the first of each class: id, class, the runtime's name. The id says
     /// the runtime: one that is adopted must not be taken for another's.
     pub fn older_workers(&self) -> Vec<(String, atelet::WorkerClass, String)> {
@@ -365,9 +371,9 @@ impl Settings {
         let of = |(class, letter, wanted): (atelet::WorkerClass, &'static str, u32)| {
             let older = if wanted > 0 { atelet::asset::workers_of(config, class) } else { Vec::new() };
             older.into_iter().flat_map(move |(runtime, slots)| {
-                let digest: String = runtime.digest(class).unwrap_or("none").chars().take(6).collect();
+                let content = runtime.short_digests();
                 (1..=slots)
-                    .map(move |number| (format!("{letter}{digest}-{number}"), class, runtime.name.clone()))
+                    .map(move |number| (format!("{letter}{content}-{number}"), class, runtime.name.clone()))
             })
         };
         classes.into_iter().flat_map(of).collect()

@@ -160,7 +160,7 @@ async fn fetch_runtimes(settings: &mut Settings) -> Result<(), Failure> {
         let Some(first) = class.runtimes.first().filter(|_| wanted > 0) else { continue };
         let files = store.runtime(first).await.doing(|| format!("no runtime {:?}", first.name))?;
         settings.runsc = files.runsc.map(|(path, _)| path).or(settings.runsc.take());
-        settings.qemu = files.vmm.map(|(path, _)| path).or(settings.qemu.take());
+        settings.qemu = files.vmm.map(|vmm| vmm.path).or(settings.qemu.take());
         settings.kernel = files.kernel.or(settings.kernel.take());
     }
     Ok(())

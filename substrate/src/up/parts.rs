@@ -255,9 +255,9 @@ fn driver_config(settings: &Settings, api: &str) -> Result<openshell_driver_subs
 fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -> atelet::Config {
     let given = &settings.file.node;
     let pool = given.pool.clone().unwrap_or_else(|| "default".to_owned());
-    let worker = |class| {
+    let worker = |class, runtime: Option<String>| {
         let pool = pool.clone();
-        move |id| atelet::WorkerConfig { id, pool: pool.clone(), class, runtime: None }
+        move |id| atelet::WorkerConfig { id, pool: pool.clone(), class, runtime: runtime.clone() }
     };
     let older = settings.older_workers().into_iter().map(|(id, class, runtime)| atelet::WorkerConfig {
         id,
@@ -265,8 +265,11 @@ fn node_config(settings: &Settings, runtime: Option<&Runtime>, ateom: PathBuf) -
         class,
         runtime: Some(runtime),
     });
-    let gvisor = settings.worker_ids().into_iter().map(worker(WorkerClass::Gvisor));
-    let microvm = settings.microvm_worker_ids().into_iter().map(worker(WorkerClass::Microvm));
+    let gvisor = settings.worker_ids().into_iter().map(worker(WorkerClass::Gvisor, None));
+    let microvm = settings
+        .microvm_worker_ids()
+        .into_iter()
+        .map(worker(WorkerClass::Microvm, settings.microvm_runtime()));
     let workers = gvisor.chain(microvm).chain(older).collect();
     let runsc = runtime.map(|runtime| runtime.path.clone()).unwrap_or_default();
     let mut config = atelet::Config::for_machine(

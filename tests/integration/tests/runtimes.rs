@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use substrate_integration::{Machine, actor, runsc};
+use substrate_integration::{Machine, actor, runsc, workspace};
 use substrate_proto::ateapi::{self, ActorState};
 
 /// A runtime in a sandbox config.
@@ -130,4 +130,78 @@ async fn an_update_keeps_older_snapshots_and_a_revocation_stops_them_with_a_choi
     let output = machine.cli(&["gc", "--dir", dir.to_str().context("path")?, "--config", &config])?;
     ensure!(String::from_utf8(output.stdout)?.contains(&old.sha256) && !cached.exists(), "not collected");
     Ok(())
+}
+
+/// An archive of the guests' kernel, its image followed by `more`.
+fn kernel_archive(into: &Path, name: &str, more: &[u8]) -> Result<Runtime> {
+    let kernel = workspace().join("target/tools/microvm");
+    let tree = into.join(name);
+    std::fs::create_dir(&tree)?;
+    let mut image =
+        std::fs::read(kernel.join("vmlinuz")).context("no kernel for guests: run scripts/setup")?;
+    image.extend_from_slice(more);
+    std::fs::write(tree.join("vmlinuz"), image)?;
+    std::os::unix::fs::symlink(kernel.join("modules"), tree.join("modules"))?;
+    let archive = into.join(format!("{name}.tar.gz"));
+    let mut tar = std::process::Command::new("tar");
+    tar.args(["--dereference", "--use-compress-program=gzip -1", "-cf"]).arg(&archive).arg("-C").arg(&tree);
+    let status = tar.args(["vmlinuz", "modules"]).status()?;
+    ensure!(status.success(), "tar: {status}");
+    Runtime::of("kernel", archive)
+}
+
+#[tokio::test]
+async fn a_machine_monitor_and_a_kernel_come_from_the_sandbox_config() -> Result<()> {
+    let root = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
+    // QEMU with what it loads, which it looks for from its own place.
+    let qemu = root.path().join("qemu.tar.gz");
+    let parts = ["bin/qemu-system-x86_64", "lib/x86_64-linux-gnu/qemu", "share/qemu", "share/seabios"];
+    let mut tar = std::process::Command::new("tar");
+    tar.args(["--use-compress-program=gzip -1", "-cf"]).arg(&qemu).args(["--exclude=*.fd", "-C", "/"]);
+    let status = tar.args(parts.map(|part| format!("usr/{part}"))).status()?;
+    ensure!(status.success(), "tar: {status}; is QEMU there? scripts/setup installs it");
+    let vmm = Runtime::of("vmm", qemu.clone())?;
+    let kernels = [kernel_archive(root.path(), "old", b"")?, kernel_archive(root.path(), "new", b"\n")?];
+    let (sandbox, config) = (root.path().join("sandbox.toml"), root.path().join("substrate.toml"));
+    std::fs::write(&config, format!("sandbox_config = \"{}\"\n", sandbox.display()))?;
+    let part = |name: &str, of: &Runtime| {
+        format!("{name}.amd64 = {{ url = \"file:{}\", sha256 = \"{}\" }}\n", of.path.display(), of.sha256)
+    };
+    let entry = |name: &str, kernel: &Runtime| {
+        let parts = [part("vmm", &vmm), part("kernel", kernel)].concat();
+        format!("[[microvm.runtimes]]\nname = \"{name}\"\n{parts}")
+    };
+    std::fs::write(&sandbox, entry("old", &kernels[0]))?;
+    let dir = root.path().join("d");
+    let config = config.to_str().context("path")?.to_owned();
+    let args = ["--config", &config, "--microvm-workers", "1"];
+    let mut machine = Machine::start_without_runsc(dir.clone(), Some(root), 0, &args, &[]).await?;
+    machine.allow(Duration::from_mins(5));
+    machine.counter("alice", |spec| "microvm".clone_into(&mut spec.sandbox_class)).await?;
+    let (count, nonce) = machine.count("alice").await?;
+    machine.suspend("alice").await?;
+    machine.stop()?;
+
+    // Another kernel: what ran on the older one goes on with it. Fetched, neither needs its source.
+    std::fs::write(&sandbox, [entry("new", &kernels[1]), entry("old", &kernels[0])].concat())?;
+    machine.restart().await?;
+    for source in [&qemu, &kernels[0].path, &kernels[1].path] {
+        std::fs::remove_file(source)?;
+    }
+    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
+    let restored = loop {
+        match machine.resume("alice").await {
+            Ok(restored) => break restored,
+            // The worker of the older one may be a moment later than the others.
+            Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    };
+    let id = format!("p{}-{}-1", &vmm.sha256[..6], &kernels[0].sha256[..6]);
+    ensure!(restored.worker_id == id, "restored on {}, not on {id}", restored.worker_id);
+    ensure!(machine.count("alice").await? == (count + 1, nonce));
+    // And new ones start on the newer.
+    machine.counter("bob", |spec| "microvm".clone_into(&mut spec.sandbox_class)).await?;
+    ensure!(machine.get("bob").await?.worker_id == "m1");
+    machine.stop()
 }
