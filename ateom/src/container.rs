@@ -56,15 +56,19 @@ fn check(container: &ResolvedContainer) -> Result<(), String> {
     for mount in &container.mounts {
         let (source, destination) = (&mount.source, &mount.destination);
         let bind = matches!(mount.kind.as_str(), "" | "bind");
-        if !destination.starts_with('/') || (bind && !source.starts_with('/')) {
+        let image = mount.kind == "image";
+        if !destination.starts_with('/') || ((bind || image) && !source.starts_with('/')) {
             return Err(format!(
                 "container {name}: mount {source:?} at {destination:?} needs absolute paths"
             ));
         }
-        if !bind && mount.kind != "tmpfs" {
-            return Err(format!("container {name}: mount kind {:?} is neither bind nor tmpfs", mount.kind));
+        if !bind && !image && mount.kind != "tmpfs" {
+            return Err(format!(
+                "container {name}: mount kind {:?} is none of bind, tmpfs, image",
+                mount.kind
+            ));
         }
-        if bind && !Path::new(source).exists() {
+        if (bind || image) && !Path::new(source).exists() {
             return Err(format!(
                 "container {name}: {source} to be mounted at {destination} does not exist on this node"
             ));

@@ -318,7 +318,7 @@ impl Runtime for Microvm {
 
     fn compatibility(&self, spec: &SandboxSpec) -> Compatibility {
         let of = &self.description;
-        let machine = spec::layout(spec).machine;
+        let Layout { machine, mounted, .. } = spec::layout(spec);
         let mut facts: BTreeMap<String, String> = of.facts.clone();
         facts.insert("memory_mib".to_owned(), (machine.memory >> 20).to_string());
         facts.insert("processors".to_owned(), machine.processors.to_string());
@@ -326,11 +326,15 @@ impl Runtime for Microvm {
             "disks".to_owned(),
             machine.disks.iter().map(|disk| disk.serial.as_str()).collect::<Vec<_>>().join(" "),
         );
+        // The guest's page cache is of these very files, wherever they were made.
+        let digest_of = |file: &str| {
+            std::fs::read_to_string(format!("{file}.sha256")).unwrap_or_default().trim().to_owned()
+        };
         for container in &spec.containers {
-            // The guest's page cache is of this very file, wherever it was made.
-            let path = format!("{}.sha256", container.rootfs);
-            let digest = std::fs::read_to_string(path).unwrap_or_default();
-            facts.insert(format!("rootfs.{}", container.name), digest.trim().to_owned());
+            facts.insert(format!("rootfs.{}", container.name), digest_of(&container.rootfs));
+        }
+        for (disk, file) in mounted {
+            facts.insert(format!("mounted.{disk}"), digest_of(&file.display().to_string()));
         }
         Compatibility {
             sandbox_class: of.sandbox_class.clone(),

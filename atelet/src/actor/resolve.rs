@@ -53,8 +53,17 @@ pub struct ImageFacts {
     pub groups: Vec<u32>,
     /// Home directory.
     pub home: String,
-    /// Roots of the images that are mounted into the container, in the order of its `image_mounts`.
-    pub mounted: Vec<PathBuf>,
+    /// The images that are mounted into the container, in the order of its `image_mounts`.
+    pub mounted: Vec<MountedImage>,
+}
+
+/// An image that is mounted into a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MountedImage {
+    /// Its root on this host.
+    pub root: PathBuf,
+    /// The same as an EROFS file, which a microVM is given instead.
+    pub disk: Option<PathBuf>,
 }
 
 /// Where the actor's things are on this host.
@@ -264,6 +273,7 @@ fn mounts(
         kind: "bind".to_owned(),
         late_bound: true,
         size_bytes: 0,
+        subpath: String::new(),
     }];
     for (nth, mount) in container.volume_mounts.iter().enumerate() {
         let field = format!("containers[{at}].volumeMounts[{nth}]");
@@ -286,21 +296,29 @@ fn mounts(
             kind: "bind".to_owned(),
             late_bound: false,
             size_bytes,
+            subpath: String::new(),
         });
     }
     for (nth, mount) in container.image_mounts.iter().enumerate() {
         let field = format!("containers[{at}].imageMounts[{nth}]");
-        let root = image
+        let MountedImage { root, disk } = image
             .mounted
             .get(nth)
             .ok_or_else(|| NodeError::invalid(format!("{field}.image"), "is not local"))?;
+        let found = within(&format!("{field}.source"), root, &mount.source)?;
+        let subpath = found.strip_prefix(root).map(|path| path.display().to_string()).unwrap_or_default();
+        let (kind, source, subpath) = match disk {
+            Some(disk) => ("image", disk, subpath),
+            None => ("bind", &found, String::new()),
+        };
         mounts.push(Mount {
-            source: within(&format!("{field}.source"), root, &mount.source)?.display().to_string(),
+            source: source.display().to_string(),
             destination: inside(&format!("{field}.path"), &mount.path)?,
             read_only: true,
-            kind: "bind".to_owned(),
+            kind: kind.to_owned(),
             late_bound: false,
             size_bytes: 0,
+            subpath,
         });
     }
     for (path, source) in &places.files {
@@ -311,6 +329,7 @@ fn mounts(
             kind: "bind".to_owned(),
             late_bound: true,
             size_bytes: 0,
+            subpath: String::new(),
         });
     }
     let mut seen = BTreeSet::new();

@@ -27,7 +27,7 @@ use tonic::Status;
 
 use super::{Node, answers};
 use crate::actor::place::ActorPlaces;
-use crate::actor::resolve::{self, ImageFacts};
+use crate::actor::resolve::{self, ImageFacts, MountedImage};
 use crate::asset::Start;
 use crate::config::WorkerClass;
 use crate::error::{NodeError, actor_name};
@@ -369,12 +369,6 @@ impl Node {
     ) -> Result<Vec<(String, Vec<Image>, ImageFacts)>, NodeError> {
         try_join_all(template.containers.iter().map(|container| async {
             let failed = |source: ImageError| NodeError::Image { container: container.name.clone(), source };
-            if class == WorkerClass::Microvm && !container.image_mounts.is_empty() {
-                return Err(NodeError::invalid(
-                    format!("container {}: imageMounts", container.name),
-                    "are not possible in a microVM yet: use sandboxClass gvisor",
-                ));
-            }
             let reference: Reference = container.image.parse().map_err(failed)?;
             let image = self.images.ensure(&assignment.atespace, &reference, |_| {}).await.map_err(failed)?;
             let run_as = container
@@ -382,15 +376,18 @@ impl Node {
                 .as_ref()
                 .map(|security| security.run_as.clone())
                 .unwrap_or_default();
-            let rootfs = match class {
-                WorkerClass::Gvisor => image.rootfs.clone(),
-                WorkerClass::Microvm => self.erofs.ensure(&image).await.map_err(failed)?,
+            let disk = async |image: &Image| match class {
+                WorkerClass::Gvisor => Ok(None),
+                WorkerClass::Microvm => self.erofs.ensure(image).await.map(Some),
             };
+            let rootfs = disk(&image).await.map_err(failed)?.unwrap_or_else(|| image.rootfs.clone());
             let resolving = image.clone();
             let user = crate::blocking(move || resolving.user(Some(&run_as))).await.map_err(failed)?;
             let mounted = try_join_all(container.image_mounts.iter().map(|mount| async {
                 let reference: Reference = mount.image.parse()?;
-                self.images.ensure(&assignment.atespace, &reference, |_| {}).await
+                let image = self.images.ensure(&assignment.atespace, &reference, |_| {}).await?;
+                let mounted = MountedImage { root: image.rootfs.clone(), disk: disk(&image).await? };
+                Ok((image, mounted))
             }))
             .await
             .map_err(failed)?;
@@ -406,9 +403,9 @@ impl Node {
                 gid: user.gid,
                 groups: user.groups,
                 home: user.home,
-                mounted: mounted.iter().map(|image| image.rootfs.clone()).collect(),
+                mounted: mounted.iter().map(|(_, mounted)| mounted.clone()).collect(),
             };
-            let images = std::iter::once(image).chain(mounted).collect();
+            let images = std::iter::once(image).chain(mounted.into_iter().map(|(image, _)| image)).collect();
             Ok((container.name.clone(), images, facts))
         }))
         .await

@@ -293,6 +293,13 @@ pub enum Source {
     Volume(usize),
     /// An empty file system in memory.
     Memory,
+    /// A directory of an image.
+    Image {
+        /// Index in [`Boot::images`].
+        image: usize,
+        /// Relative, without links on the way; empty: the image's root.
+        path: String,
+    },
 }
 
 /// From host to guest.

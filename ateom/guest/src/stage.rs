@@ -159,6 +159,7 @@ fn make_root(container: &Container) -> Result<(), Failure> {
         let source = match &one.source {
             Source::Delivery(key) => Path::new(boot::DELIVERIES).join(key),
             Source::Volume(index) => PathBuf::from(format!("{}/{index}", boot::VOLUMES)),
+            Source::Image { image, path } => Path::new(boot::IMAGES).join(image.to_string()).join(path),
             Source::Memory => {
                 let point = mount_point(&root, &one.destination, true)?;
                 let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;

@@ -47,6 +47,9 @@ pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
         if !Path::new(rootfs).is_dir() {
             return Err(format!("container {name}: rootfs {rootfs} is not a directory on this node"));
         }
+        if container.mounts.iter().any(|mount| mount.kind == "image") {
+            return Err(format!("container {name}: an image is mounted as a directory here, not as a disk"));
+        }
         Ok(())
     })
 }
@@ -271,6 +274,7 @@ mod tests {
                 kind: "bind".into(),
                 late_bound: true,
                 size_bytes: 0,
+                subpath: String::new(),
             }],
             ..ResolvedContainer::default()
         }
@@ -335,6 +339,7 @@ mod tests {
             kind: "bind".into(),
             late_bound: false,
             size_bytes: 0,
+            subpath: String::new(),
         });
         let spec = workload_spec(&container, Path::new("/etc-of-ours"), Path::new("/netns"));
         let at = |destination: &str| {
@@ -363,6 +368,7 @@ mod tests {
         assert!(refused(|c| c.name = "Main".into()).contains("DNS label"));
         assert!(refused(|c| c.mounts[0].source = "/does/not/exist".into()).contains("/run/ate"));
         assert!(refused(|c| c.mounts[0].kind = "nfs".into()).contains("nfs"));
+        assert!(refused(|c| c.mounts[0].kind = "image".into()).contains("as a directory"));
         assert!(validate(&SandboxSpec::default()).is_err());
         let twins = SandboxSpec { containers: vec![container(), container()], ..SandboxSpec::default() };
         assert!(validate(&twins).unwrap_err().to_string().contains("two containers"));

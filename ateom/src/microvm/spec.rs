@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From a [`SandboxSpec`] to a machine and to what its agent is told.
 //!
-//! **Roots.** `rootfs` is the read-only EROFS file of an image; equal files are one disk. **Mounts.** There is no shared
-//! file system with a guest. A directory that is not late-bound is a volume: it holds one sparse disk of ext4. What is
-//! late-bound, and single files, are delivered by the agent after boot and again after each restore.
+//! **Roots.** `rootfs` is the read-only EROFS file of an image, as is the source of a mount of kind `image`; equal files
+//! are one disk. **Mounts.** There is no shared file system with a guest. A directory that is not late-bound is a volume:
+//! it holds one sparse disk of ext4. What is late-bound, and single files, are delivered by the agent after boot and
+//! again after each restore.
 //!
 //! What the guest holds in its memory cannot be changed by a restore: [`digest`] covers it.
 use std::io;
@@ -33,6 +34,9 @@ pub const VOLUME_DISK: &str = "disk.ext4";
 const DEFAULT_VOLUME: u64 = 1 << 30;
 /// Most image and volume disks: each takes a slot of the machine's bus.
 const MAX_DISKS: usize = 20;
+
+/// Kind of a mount that is a directory of an image.
+const IMAGE: &str = "image";
 
 /// A disk of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,6 +74,8 @@ pub struct Volume {
 pub struct Layout {
     /// The machine.
     pub machine: Machine,
+    /// Names of the images that containers mount beside their roots, with their EROFS files.
+    pub mounted: Vec<(String, PathBuf)>,
     /// Distinct volumes, as their disks are numbered.
     pub volumes: Vec<Volume>,
     /// What the guest's containers are.
@@ -94,6 +100,9 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
             .map(|mount| {
                 let source = if mount.kind == "tmpfs" {
                     guest::Source::Memory
+                } else if mount.kind == IMAGE {
+                    let image = index_of(&mut roots, &mount.source.as_str());
+                    guest::Source::Image { image, path: mount.subpath.trim_matches('/').to_owned() }
                 } else if is_volume(mount) {
                     let size = if mount.size_bytes == 0 { DEFAULT_VOLUME } else { mount.size_bytes };
                     let directory = PathBuf::from(&mount.source);
@@ -106,7 +115,8 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
                     let number = index_of(&mut deliveries, &PathBuf::from(&mount.source));
                     guest::Source::Delivery(number.to_string())
                 };
-                guest::Mount { destination: mount.destination.clone(), read_only: mount.read_only, source }
+                let read_only = mount.read_only || mount.kind == IMAGE;
+                guest::Mount { destination: mount.destination.clone(), read_only, source }
             })
             .collect();
         containers.push(guest::Container {
@@ -131,7 +141,10 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
         disks: images.chain(own).collect(),
     };
     let deliveries = deliveries.into_iter().enumerate().map(|(n, path)| (path, n.to_string())).collect();
-    Layout { machine, volumes, containers, deliveries }
+    let is_root = |path: &Path| spec.containers.iter().any(|container| Path::new(&container.rootfs) == path);
+    let mounted = machine.disks.iter().filter(|disk| disk.read_only && !is_root(&disk.path));
+    let mounted = mounted.map(|disk| (disk.serial.clone(), disk.path.clone())).collect();
+    Layout { machine, mounted, volumes, containers, deliveries }
 }
 
 fn host_processors() -> u64 {
@@ -290,13 +303,17 @@ pub fn digest(spec: &SandboxSpec) -> String {
 /// [`SlotError::Invalid`] naming container and field.
 pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
     container::validate(spec, |container| {
-        if Path::new(&container.rootfs).is_file() {
-            return Ok(());
+        let images = container.mounts.iter().filter(|mount| mount.kind == IMAGE).map(|mount| &mount.source);
+        for (what, file) in std::iter::once(("rootfs", &container.rootfs)).chain(images.map(|it| (IMAGE, it)))
+        {
+            if !Path::new(file).is_file() {
+                return Err(format!(
+                    "container {}: {what} {file} is not an EROFS file on this node",
+                    container.name
+                ));
+            }
         }
-        Err(format!(
-            "container {}: rootfs {} is not an EROFS file on this node",
-            container.name, container.rootfs
-        ))
+        Ok(())
     })?;
     let disks = layout(spec).machine.disks.len();
     if disks > MAX_DISKS {
@@ -332,6 +349,7 @@ mod tests {
             kind: "bind".into(),
             late_bound,
             size_bytes: 0,
+            subpath: String::new(),
         }
     }
 
@@ -364,6 +382,37 @@ mod tests {
             (delivered[1].directory, delivered[1].files[0].content.as_slice()),
             (false, &b"secret"[..])
         );
+    }
+
+    #[test]
+    fn a_mounted_image_is_one_more_disk_shared_with_roots_of_the_same_file() {
+        let image = |source: &str, subpath: &str| Mount {
+            kind: IMAGE.into(),
+            subpath: subpath.into(),
+            read_only: false,
+            ..mount(Path::new(source), "/opt/tools", false)
+        };
+        let (mut one, mut two) = (container("one"), container("two"));
+        one.mounts = vec![image("/proc/self/status", "/bin/tools")];
+        two.rootfs = "/proc/self/status".into();
+        two.mounts = vec![image("/proc/self/exe", "")];
+        let mut spec = SandboxSpec { containers: vec![one, two], ..SandboxSpec::default() };
+        validate(&spec).unwrap();
+        let laid = layout(&spec);
+        assert_eq!(laid.machine.disks.len(), 2);
+        assert!(laid.machine.disks.iter().all(|disk| disk.read_only));
+        let first = &laid.containers[0].mounts[0];
+        assert!(first.read_only, "nobody writes to an image");
+        assert_eq!(first.source, guest::Source::Image { image: 1, path: "bin/tools".into() });
+        assert!(laid.mounted.is_empty(), "both are roots: {:?}", laid.mounted);
+        let before = digest(&spec);
+        spec.containers[0].mounts[0].subpath = "/bin".into();
+        assert_ne!(before, digest(&spec), "another directory");
+        spec.containers.pop();
+        let mounted = layout(&spec).mounted;
+        assert_eq!(mounted, [("image1".to_owned(), PathBuf::from("/proc/self/status"))]);
+        spec.containers[0].mounts[0].source = "/proc/self".into();
+        assert!(validate(&spec).unwrap_err().to_string().contains("EROFS"));
     }
 
     #[test]

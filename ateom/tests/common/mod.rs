@@ -226,6 +226,7 @@ impl Worker {
                 kind: "bind".into(),
                 late_bound: true,
                 size_bytes: 0,
+                subpath: String::new(),
             }],
             log_path: self.dir.path().join("logs/counter.log").display().to_string(),
             ..ResolvedContainer::default()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What an actor may rely on whatever its sandbox class: the same stories, told by each class on a real machine.
 //!
-//! gVisor and QEMU run always. cloud-hypervisor and Firecracker have no backend yet.
+//! gVisor and QEMU run always. cloud-hypervisor and Firecracker are in `ateom/tests/vmm.rs`.
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use substrate_integration::{Machine, PATIENCE, actor, binary, processes_naming, workspace};
+use substrate_integration::{Machine, PATIENCE, actor, binary, image, processes_naming, workspace};
 use substrate_proto::ateapi::{self, ActorState};
 use substrate_proto::types::{self, TemplateSpec};
 
@@ -206,6 +206,7 @@ impl Possessions {
 /// Memory, files, connections, clock and identity over suspends, and what is inside a sandbox.
 async fn one_life(class: &Class) -> Result<()> {
     let mut machine = class.machine(2).await?;
+    let other = image("helpdesk")?;
     let actor = class
         .counter(&mut machine, "life", |spec| {
             spec.volumes = vec![types::Volume { name: "data".into(), size: "64MiB".into() }];
@@ -220,6 +221,14 @@ async fn one_life(class: &Class) -> Result<()> {
             side.readiness = None;
             side.ports.clear();
             side.read_only_root = true;
+            // Another image's files: a directory of it, and all of it.
+            let mount = |path: &str, source: &str| types::ImageMount {
+                image: other.clone(),
+                path: path.into(),
+                source: source.into(),
+            };
+            main.image_mounts = vec![mount("/opt/all", "")];
+            side.image_mounts = vec![mount("/opt/app", "/app"), mount("/opt/etc", "/etc")];
             side.volume_mounts[0].read_only = true;
             side.security_context = Some(types::SecurityContext {
                 run_as: "0".into(),
@@ -239,7 +248,16 @@ async fn one_life(class: &Class) -> Result<()> {
     ensure!(effective.ends_with("0000000000000001"), "only CHOWN was asked for: {effective}");
     shell(&machine, "life", "main", "echo kept > /data/file; head -c 1000000 /dev/urandom > /tmp/blob")?;
     ensure!(shell(&machine, "life", "side", "cat /data/file")? == "kept", "volumes are shared");
-    for refused in ["echo x > /data/file", "echo x > /x", "echo x > /run/ate/name", "chroot / true"] {
+    let app = shell(&machine, "life", "side", "cat /opt/app/helpdesk.py")?;
+    let of_host = std::fs::read_to_string(workspace().join("examples/helpdesk/helpdesk.py"))?;
+    ensure!(app == of_host.trim(), "not the other image's file: {app}");
+    for refused in [
+        "echo x > /data/file",
+        "echo x > /x",
+        "echo x > /run/ate/name",
+        "echo x > /opt/app/x",
+        "chroot / true",
+    ] {
         ensure!(shell(&machine, "life", "side", refused).is_err(), "{refused} was not refused");
     }
     ensure!(shell(&machine, "life", "main", "cat /run/ate/name /run/ate/generation")? == "life1", "identity");
@@ -276,6 +294,13 @@ async fn one_life(class: &Class) -> Result<()> {
     ensure!(shell(&machine, "life", "main", ASK)? == noise, "the other container's memory changed");
     ensure!(shell(&machine, "life", "main", "cat /run/ate/generation")? == "4", "identity was not renewed");
     ensure!(shell(&machine, "life", "main", "sha256sum /tmp/blob")? == sum, "the root's files changed");
+    // Read from the disk, or from the guest's page cache: the same either way.
+    ensure!(shell(&machine, "life", "side", "cat /opt/app/helpdesk.py")? == app, "a mounted image changed");
+    ensure!(
+        shell(&machine, "life", "main", "cat /opt/all/app/helpdesk.py")? == app,
+        "a mounted image changed"
+    );
+    shell(&machine, "life", "side", "test -s /opt/etc/passwd")?;
     ensure!(shell(&machine, "life", "side", "cat /data/file")? == "kept");
     let logs = String::from_utf8(machine.cli(&["logs", "life"])?.stdout)?;
     ensure!(logs.contains("listening on port 8080"), "{logs}");
