@@ -56,6 +56,8 @@ use vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm};
 
 /// Where the host offers KVM.
 const KVM: &str = "/dev/kvm";
+/// The fact that says which version of the protocol a snapshot's agent speaks.
+const AGENT: &str = "agent";
 /// The class's name on the wire.
 pub const CLASS: &str = "microvm";
 /// How long a guest's kernel may take to our init. Under TCG on a busy machine it is many times that of a quiet one.
@@ -278,9 +280,9 @@ impl Microvm {
         }
         let capabilities = vmm.capabilities();
         let mut facts: BTreeMap<String, String> = capabilities.restore_requires.clone();
-        for (name, value) in
-            [("vmm", capabilities.name), ("kernel", &kernel_digest), ("initramfs", &initramfs_digest)]
-        {
+        // Not the initramfs: what a restored guest had of it is in its memory, and its agent is known by what it speaks.
+        let agent = ateom_guest::VERSION.to_string();
+        for (name, value) in [("vmm", capabilities.name), ("kernel", &kernel_digest), (AGENT, &agent)] {
             facts.insert(name.to_owned(), value.to_owned());
         }
         let description = Description {
@@ -347,6 +349,15 @@ impl Runtime for Microvm {
                 .map(|container| (container.name.clone(), container.image_digest.clone()))
                 .collect(),
         }
+    }
+
+    fn in_own_words(&self, needed: &Compatibility) -> Compatibility {
+        let mut needed = needed.clone();
+        // Snapshots of the first builds name the initramfs that held their agent, of the first version each.
+        if needed.facts.remove("initramfs").is_some() {
+            needed.facts.entry(AGENT.to_owned()).or_insert_with(|| "1".to_owned());
+        }
+        needed
     }
 
     async fn prepare(&self, place: Place) -> Result<Box<dyn Sandbox>, RuntimeError> {

@@ -146,6 +146,11 @@ pub trait Runtime: Send + Sync + 'static {
     /// What a snapshot of this spec needs where it is restored.
     fn compatibility(&self, spec: &SandboxSpec) -> Compatibility;
 
+    /// What a snapshot says that it needs, in the words of this build: an older one may have said more, or otherwise.
+    fn in_own_words(&self, needed: &Compatibility) -> Compatibility {
+        needed.clone()
+    }
+
     /// Creates, ahead of time, what does not depend on the actor.
     ///
     /// # Errors

@@ -361,7 +361,7 @@ impl Task {
         let refusal = self.config.runtime.validate(&request.spec).err().or_else(|| {
             let snapshot = request.snapshot.as_ref()?;
             let here = self.config.runtime.compatibility(&request.spec);
-            check_compatibility(&here, &snapshot.compatibility).err()
+            check_compatibility(&here, &self.config.runtime.in_own_words(&snapshot.compatibility)).err()
         });
         if let Some(refusal) = refusal {
             drop(reply.send(Err(refusal)));

@@ -159,7 +159,7 @@ async fn story(vmm: &dyn Vmm) -> Result<()> {
     let disk = root.path().join("disk");
     std::fs::write(&disk, vec![7; 1 << 20])?;
     let disk = Disk { serial: "image0".into(), path: disk, read_only: true };
-    let machine = Machine { memory: 64 << 20, processors: 1, disks: vec![disk] };
+    let machine = Machine { memory: 64 << 20, processors: 1, network_modules: false, disks: vec![disk] };
     let (children, hierarchy) = (Children::reap()?, Hierarchy::detect()?);
     let steps = Steps::default();
     let (mut at, home) = nest(root.path(), 0, &children, &hierarchy).await?;

@@ -23,6 +23,10 @@ use crate::sys;
 const DEVICE_LIMIT: Duration = Duration::from_secs(20);
 /// Where modules are in the initramfs, named in the order in which they are to be loaded.
 const MODULES: &str = "/modules";
+/// Those for containers that make networks of their own.
+const NETWORK_MODULES: &str = "/modules-network";
+/// The kernel's argument that asks for them.
+const NETWORK_ARGUMENT: &str = "ateom.network";
 /// Where image roots are mounted.
 pub const IMAGES: &str = "/run/images";
 /// Where volumes are mounted.
@@ -62,14 +66,17 @@ pub fn prepare() -> Result<Port, String> {
     mount_kind("sysfs", "/sys", plain, "")?;
     mount_kind("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=0755")?;
     let events = Uevents::listen()?;
-    load_modules()?;
+    let arguments = fs::read_to_string("/proc/cmdline").map_err(failed("read the kernel's arguments"))?;
+    load_modules(MODULES)?;
+    if arguments.split_ascii_whitespace().any(|word| word == NETWORK_ARGUMENT) {
+        load_modules(NETWORK_MODULES)?;
+    }
     switch_root()?;
     mount_kind("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "newinstance,ptmxmode=0666")?;
     mount_kind("cgroup2", "/sys/fs/cgroup", plain, "")?;
     for dir in [IMAGES, VOLUMES, DELIVERIES, CONTAINERS, ETC] {
         fs::create_dir_all(dir).map_err(failed(format!("make {dir}")))?;
     }
-    let arguments = fs::read_to_string("/proc/cmdline").map_err(failed("read the kernel's arguments"))?;
     if let Some(port) = vsock_port(&arguments) {
         return listen(port)
             .map(Port::Vsock)
@@ -92,8 +99,8 @@ fn listen(port: u32) -> Result<OwnedFd, Errno> {
     Ok(listener)
 }
 
-fn load_modules() -> Result<(), String> {
-    let Ok(entries) = fs::read_dir(MODULES) else { return Ok(()) };
+fn load_modules(directory: &str) -> Result<(), String> {
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
     let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     paths.sort();
     for path in paths {
@@ -119,8 +126,8 @@ fn switch_root() -> Result<(), String> {
     fs::copy("/proc/self/exe", &program).map_err(failed("copy the agent"))?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).map_err(failed("chmod the agent"))?;
     // The running program keeps its own pages; the modules are loaded.
-    for path in [MODULES, "/init"] {
-        let removed = if path == MODULES { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    for path in [MODULES, NETWORK_MODULES, "/init"] {
+        let removed = if path == "/init" { fs::remove_file(path) } else { fs::remove_dir_all(path) };
         match removed {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 crate::say(&format!("cannot remove {path}: {error}"));

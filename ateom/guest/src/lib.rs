@@ -16,7 +16,10 @@
 //! **Windows.** Of the input and of each output of an exec at most [`WINDOW`] bytes are under way; the receiver says
 //! what it has passed on ([`ToGuest::Taken`], [`FromGuest::Taken`]). So one slow reader holds up nobody else.
 //!
-//! **Versions.** A host refuses an agent of another [`VERSION`]: the agent is part of the snapshot, so it may be older.
+//! **Versions.** A host refuses an agent of another [`VERSION`]. The agent is part of a snapshot, so it may be older than
+//! the host: what a restored one is told (resume, quiesce, exec and what belongs to it) and what it answers keeps its
+//! form and its meaning within a version; fields may be added where an agent that does not know them does no harm. What
+//! only [`ToGuest::Boot`] carries may change freely: an agent that boots comes from the host's own initramfs.
 #![deny(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -441,6 +444,50 @@ mod tests {
         assert!(Frame::parse(header).is_err());
         header[0] = 9;
         assert!(Frame::parse(header).is_err());
+    }
+
+    /// Written down when version 1 was all there was. Whoever has to change this raises [`VERSION`].
+    #[test]
+    fn agents_of_version_1_are_spoken_to_as_they_were() {
+        assert_eq!(VERSION, 1);
+        let process = Process { args: vec!["/bin/true".into()], cwd: "/".into(), ..Process::default() };
+        let plain = r#"{"args":["/bin/true"],"env":[],"cwd":"/","uid":0,"gid":0,"groups":[],"capabilities":[],"no_new_privileges":false}"#;
+        let told = [
+            (ToGuest::Quiesce, r#""Quiesce""#.to_owned()),
+            (
+                ToGuest::Resume(Renewal { time_ns: 5, entropy: vec![1], delivered: Vec::new() }),
+                r#"{"Resume":{"time_ns":5,"entropy":"AQ==","delivered":[]}}"#.to_owned(),
+            ),
+            (
+                ToGuest::Exec { id: 1, container: 0, process, terminal: None },
+                format!(r#"{{"Exec":{{"id":1,"container":0,"process":{plain},"terminal":null}}}}"#),
+            ),
+            (ToGuest::CloseStdin { id: 1 }, r#"{"CloseStdin":{"id":1}}"#.to_owned()),
+            (
+                ToGuest::Resize { id: 1, rows: 2, columns: 3 },
+                r#"{"Resize":{"id":1,"rows":2,"columns":3}}"#.to_owned(),
+            ),
+            (ToGuest::Signal { id: 1, signal: 9 }, r#"{"Signal":{"id":1,"signal":9}}"#.to_owned()),
+            (
+                ToGuest::Taken { id: 1, errors: true, bytes: 2 },
+                r#"{"Taken":{"id":1,"errors":true,"bytes":2}}"#.to_owned(),
+            ),
+        ];
+        for (message, text) in told {
+            assert_eq!(serde_json::to_string(&message).unwrap(), text);
+        }
+        for answer in [
+            r#""Quiet""#,
+            r#""Resumed""#,
+            r#"{"Failed":{"message":"m"}}"#,
+            r#"{"Ended":{"container":0,"code":1,"signal":0,"time_ms":3}}"#,
+            r#"{"Started":{"id":1}}"#,
+            r#"{"NotStarted":{"id":1,"code":127,"message":"m"}}"#,
+            r#"{"Exited":{"id":1,"code":0,"signal":9}}"#,
+            r#"{"Taken":{"id":1,"bytes":2}}"#,
+        ] {
+            serde_json::from_str::<FromGuest>(answer).unwrap();
+        }
     }
 
     #[test]

@@ -91,8 +91,13 @@ fn enter(plan: OwnedFd) -> Result<Never, Failure> {
     boot::write(&format!("{}/cgroup.procs", boot::GROUP), "0").map_err(|error| Failure(OTHER, error))?;
     let process = match plan {
         Plan::Make { container, hostname } => {
-            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-                .map_err(|errno| ("make namespaces", errno))?;
+            unshare(
+                CloneFlags::CLONE_NEWNS
+                    | CloneFlags::CLONE_NEWIPC
+                    | CloneFlags::CLONE_NEWUTS
+                    | CloneFlags::CLONE_NEWCGROUP,
+            )
+            .map_err(|errno| ("make namespaces", errno))?;
             nix::unistd::sethostname(hostname).map_err(|errno| ("set the host name", errno))?;
             make_root(&container)?;
             container.process
@@ -101,6 +106,7 @@ fn enter(plan: OwnedFd) -> Result<Never, Failure> {
             for (name, kind) in [
                 ("ipc", CloneFlags::CLONE_NEWIPC),
                 ("uts", CloneFlags::CLONE_NEWUTS),
+                ("cgroup", CloneFlags::CLONE_NEWCGROUP),
                 ("mnt", CloneFlags::CLONE_NEWNS),
             ] {
                 let namespace = fs::File::open(format!("/proc/{pid}/ns/{name}"))
@@ -144,7 +150,12 @@ fn make_root(container: &Container) -> Result<(), Failure> {
             mount(Some(kind), &path_of(&point), Some(kind), flags, Some(data))
                 .map_err(|errno| Failure(OTHER, format!("cannot mount {destination}: {errno}")))?;
             if destination == "/dev" {
-                make_devices(&path_of(&mount_point(&root, "/dev", true)?))?;
+                let mounted = mount_point(&root, "/dev", true)?;
+                let dev = path_of(&mounted);
+                make_devices(&dev)?;
+                if container.process.capabilities.iter().any(|name| name.ends_with("SYSLOG")) {
+                    make_device(&dev, "kmsg", 1, 11, 0o600)?;
+                }
             }
         }
     }
@@ -188,7 +199,7 @@ fn make_root(container: &Container) -> Result<(), Failure> {
 
 type Default = (&'static str, &'static str, MsFlags, &'static str);
 
-fn defaults() -> [Default; 5] {
+fn defaults() -> [Default; 6] {
     let (suid, exec, dev) = (MsFlags::MS_NOSUID, MsFlags::MS_NOEXEC, MsFlags::MS_NODEV);
     [
         ("/proc", "proc", suid | exec | dev, ""),
@@ -196,6 +207,8 @@ fn defaults() -> [Default; 5] {
         ("/dev/pts", "devpts", suid | exec, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
         ("/dev/shm", "tmpfs", suid | exec | dev, "mode=1777,size=65536k"),
         ("/sys", "sysfs", suid | exec | dev | MsFlags::MS_RDONLY, ""),
+        // Its root is the workload's own group, whose limits may be read.
+        ("/sys/fs/cgroup", "cgroup2", suid | exec | dev | MsFlags::MS_RDONLY, ""),
     ]
 }
 
@@ -203,12 +216,7 @@ fn make_devices(dev: &Path) -> Result<(), Failure> {
     for (name, major, minor) in
         [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)]
     {
-        let path = dev.join(name);
-        mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor))
-            .map_err(|errno| ("make devices", errno))?;
-        // Not by mknod: the umask would take bits away.
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o666))
-            .map_err(|error| ("make devices", error))?;
+        make_device(dev, name, major, minor, 0o666)?;
     }
     for (target, name) in [
         ("/proc/self/fd", "fd"),
@@ -220,6 +228,15 @@ fn make_devices(dev: &Path) -> Result<(), Failure> {
         symlink(target, dev.join(name)).map_err(|error| ("make devices", error))?;
     }
     Ok(())
+}
+
+fn make_device(dev: &Path, name: &str, major: u64, minor: u64, mode: u32) -> Result<(), Failure> {
+    let path = dev.join(name);
+    mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(mode), makedev(major, minor))
+        .map_err(|errno| ("make devices", errno))?;
+    // Not by mknod: the umask would take bits away.
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode))
+        .map_err(|error| ("make devices", error).into())
 }
 
 fn path_of(fd: &OwnedFd) -> PathBuf {

@@ -74,7 +74,10 @@ impl Vmm for CloudHypervisor {
             "payload": {
                 "kernel": self.kernel.image,
                 "initramfs": self.kernel.initramfs,
-                "cmdline": format!("console=ttyS0 quiet loglevel=4 panic=-1 {AGENT_ARGUMENT}={AGENT_PORT}"),
+                "cmdline": format!(
+                    "console=ttyS0 quiet loglevel=4 panic=-1 {AGENT_ARGUMENT}={AGENT_PORT}{}",
+                    super::vmm::arguments(machine)
+                ),
             },
             "disks": disks,
             "net": [{"tap": WORKER_LINK, "mac": mac}],

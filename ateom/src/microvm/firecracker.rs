@@ -69,8 +69,9 @@ impl Vmm for Firecracker {
         let memory = machine.memory >> 20;
         put("/machine-config", json!({"vcpu_count": machine.processors, "mem_size_mib": memory})).await?;
         let boot_args = format!(
-            "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nokbd {}={AGENT_PORT}",
-            super::vmm::AGENT_ARGUMENT
+            "console=ttyS0 quiet loglevel=4 reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nokbd {}={AGENT_PORT}{}",
+            super::vmm::AGENT_ARGUMENT,
+            super::vmm::arguments(machine)
         );
         let boot = json!({
             "kernel_image_path": self.kernel.image,

@@ -14,6 +14,20 @@ const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ateom-guest"));
 /// What a guest needs; those that a kernel has built in are left out.
 const WANTED: [&str; 7] =
     ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_balloon", "erofs", "overlay"];
+/// What containers need that make networks of their own and filter them, as OpenShell's supervisor does in full; those that
+/// a kernel has not at all are left out.
+const NETWORK: [&str; 10] = [
+    "veth",
+    "nf_tables",
+    "nft_ct",
+    "nft_limit",
+    "nft_log",
+    "nf_log_syslog",
+    "nft_reject_inet",
+    "nft_chain_nat",
+    "nft_nat",
+    "nft_redir",
+];
 /// Longest name of a module's file extension that is known: plain and zstd (Ubuntu).
 const KINDS: [&str; 2] = [".ko", ".ko.zst"];
 
@@ -49,16 +63,30 @@ pub fn build(directory: &Path, more: &[&str]) -> Result<Vec<u8>, InitramfsError>
     archive.directory("dev");
     archive.device("dev/console", 5, 1);
     archive.device("dev/null", 1, 3);
-    archive.directory("modules");
-    for (number, (name, content)) in modules(directory, more)?.into_iter().enumerate() {
-        archive.file(&format!("modules/{number:02}-{name}.ko"), &content, 0o644);
+    let Modules { base, network } = modules(directory, more)?;
+    for (place, modules) in [("modules", base), ("modules-network", network)] {
+        archive.directory(place);
+        for (number, (name, content)) in modules.into_iter().enumerate() {
+            archive.file(&format!("{place}/{number:02}-{name}.ko"), &content, 0o644);
+        }
     }
     archive.file("init", INIT, 0o755);
     Ok(archive.finish())
 }
 
-/// The wanted modules and what they depend on, in the order in which they are to be loaded.
-fn modules(directory: &Path, more: &[&str]) -> Result<Vec<(String, Vec<u8>)>, InitramfsError> {
+/// Modules by name, in the order in which they are to be loaded.
+type Ordered = Vec<(String, Vec<u8>)>;
+
+/// What a kernel has of what is wanted, with what it depends on.
+#[derive(Debug)]
+struct Modules {
+    /// For every guest.
+    base: Ordered,
+    /// Beyond these, for networks.
+    network: Ordered,
+}
+
+fn modules(directory: &Path, more: &[&str]) -> Result<Modules, InitramfsError> {
     let built_in: BTreeSet<String> = std::fs::read_to_string(directory.join("modules.builtin"))
         .unwrap_or_default()
         .lines()
@@ -71,7 +99,15 @@ fn modules(directory: &Path, more: &[&str]) -> Result<Vec<(String, Vec<u8>)>, In
     for name in more.iter().copied().chain(WANTED) {
         visit(name, directory, &paths, &built_in, &mut seen, &mut order)?;
     }
-    Ok(order)
+    let base = std::mem::take(&mut order);
+    for name in NETWORK {
+        if paths.contains_key(name) || built_in.contains(name) {
+            visit(name, directory, &paths, &built_in, &mut seen, &mut order)?;
+        } else {
+            tracing::warn!(module = name, "the guests' kernel lacks it: networks inside a guest are limited");
+        }
+    }
+    Ok(Modules { base, network: order })
 }
 
 fn visit(
@@ -80,7 +116,7 @@ fn visit(
     paths: &BTreeMap<String, PathBuf>,
     built_in: &BTreeSet<String>,
     seen: &mut BTreeSet<String>,
-    order: &mut Vec<(String, Vec<u8>)>,
+    order: &mut Ordered,
 ) -> Result<(), InitramfsError> {
     if built_in.contains(name) || !seen.insert(name.to_owned()) {
         return Ok(());
@@ -221,6 +257,10 @@ mod tests {
             ("net_failover", ""),
             ("virtio_console", ""),
             ("virtio_balloon", ""),
+            ("nf_tables", "nfnetlink"),
+            ("nfnetlink", ""),
+            ("nft_ct", "nf_tables,nf_conntrack,virtio_ring"),
+            ("nf_conntrack", ""),
         ] {
             std::fs::write(drivers.join(format!("{file}.ko")), module(depends)).unwrap();
         }
@@ -228,8 +268,10 @@ mod tests {
         assert!(error.contains("lack erofs"), "{error}");
         std::fs::write(drivers.join("erofs.ko.zst"), zstd::encode_all(module("").as_slice(), 1).unwrap())
             .unwrap();
-        let order = modules(dir.path(), &[]).unwrap();
+        let Modules { base: order, network } = modules(dir.path(), &[]).unwrap();
         let names: Vec<&str> = order.iter().map(|(name, _)| name.as_str()).collect();
+        let of_network: Vec<&str> = network.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(of_network, ["nfnetlink", "nf_tables", "nf_conntrack", "nft_ct"], "what is there, once");
         assert_eq!(
             names,
             [

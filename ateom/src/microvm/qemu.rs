@@ -38,7 +38,7 @@ use super::memory::{self, Private, Rest};
 use super::process::{self, Place, Process, Program};
 use super::qmp::{Qmp, QmpError};
 use super::spec::Machine;
-use super::vmm::{Capabilities, Home, Kernel, Saved, Vm, Vmm, parse_version};
+use super::vmm::{self, Capabilities, Home, Kernel, Saved, Vm, Vmm, parse_version};
 use crate::cgroup::blocking;
 use crate::microvm::MicrovmError;
 use crate::network::ACTOR_MAC;
@@ -164,7 +164,7 @@ impl Qemu {
         );
         add("-kernel", self.kernel.image.display().to_string());
         add("-initrd", self.kernel.initramfs.display().to_string());
-        add("-append", kernel_command_line(self.accelerator));
+        add("-append", kernel_command_line(self.accelerator) + vmm::arguments(machine));
         add("-chardev", format!("file,id=console,path={}", comma(&home.memory.join("console"))));
         add("-serial", "chardev:console".to_owned());
         add("-chardev", "socket,id=qmp,path=qmp.sock,server=off".to_owned());

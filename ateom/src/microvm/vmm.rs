@@ -22,6 +22,11 @@ pub const AGENT_PORT: u32 = 1024;
 /// The kernel's argument that names it.
 pub const AGENT_ARGUMENT: &str = "ateom.vsock";
 
+/// The kernel's arguments that a machine needs beyond those of every one, each after a space.
+pub fn arguments(machine: &Machine) -> &'static str {
+    if machine.network_modules { " ateom.network" } else { "" }
+}
+
 /// Major and minor of a version that begins a text.
 pub fn parse_version(text: &str) -> Option<(u32, u32)> {
     let mut parts = text.split(['.', ' ', '(']);
