@@ -419,7 +419,8 @@ pub(crate) mod tests {
             let at = at % bytes.len();
             bytes[at] = to;
             if let Hello::Name(name) = client_hello(&bytes) {
-                prop_assert_eq!(name.len(), 6);
+                // A dot at the end is no part of a name.
+                prop_assert_eq!(name.len(), if to == b'.' && name == "a.tes" { 5 } else { 6 });
             }
         }
 
