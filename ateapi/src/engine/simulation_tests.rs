@@ -630,7 +630,7 @@ fn random_weather() {
     let first = number("ATEAPI_SEED", 0);
     let (mut promises, mut swept, mut failed) = (0, 0, Vec::new());
     let (mut from_golden, mut limited) = (0, 0);
-    for seed in first..first + number("ATEAPI_SEEDS", 150) {
+    for seed in first..first + number("ATEAPI_SEEDS", 300) {
         let run = simulate(seed, None);
         promises += run.promises;
         swept += run.swept;
