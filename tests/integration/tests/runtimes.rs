@@ -35,6 +35,18 @@ fn write(path: &Path, head: &str, runtimes: &[&Runtime], tail: &str) -> Result<(
     Ok(std::fs::write(path, format!("{head}\n{entries}\n{tail}\n"))?)
 }
 
+/// Resumes alice: the worker of an older runtime may be a moment later than the others.
+async fn restored_in(machine: &mut Machine, limit: Duration) -> Result<ateapi::Actor> {
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        match machine.resume("alice").await {
+            Ok(restored) => return Ok(restored),
+            Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
 async fn reset(machine: &mut Machine, name: &str) -> Result<()> {
     let request = ateapi::ResetActorRequest { actor: Some(actor(name)), ..Default::default() };
     machine.api.reset_actor(request).await?;
@@ -69,15 +81,7 @@ async fn an_update_keeps_older_snapshots_and_a_revocation_stops_them_with_a_choi
     machine.restart().await?;
     // Fetched, it needs its source no more.
     std::fs::remove_file(&copy)?;
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    let restored = loop {
-        match machine.resume("alice").await {
-            Ok(restored) => break restored,
-            // The worker of the older one may be a moment later than the others.
-            Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
-            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
-        }
-    };
+    let restored = restored_in(&mut machine, Duration::from_secs(30)).await?;
     ensure!(restored.worker_id.starts_with('o'), "restored on {}", restored.worker_id);
     ensure!(machine.count("alice").await? == (count + 1, nonce.clone()));
     machine.suspend("alice").await?;
@@ -188,15 +192,7 @@ async fn a_machine_monitor_and_a_kernel_come_from_the_sandbox_config() -> Result
     for source in [&qemu, &kernels[0].path, &kernels[1].path] {
         std::fs::remove_file(source)?;
     }
-    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
-    let restored = loop {
-        match machine.resume("alice").await {
-            Ok(restored) => break restored,
-            // The worker of the older one may be a moment later than the others.
-            Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
-            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
-        }
-    };
+    let restored = restored_in(&mut machine, Duration::from_mins(1)).await?;
     let id = format!("p{}-{}-1", &vmm.sha256[..6], &kernels[0].sha256[..6]);
     ensure!(restored.worker_id == id, "restored on {}, not on {id}", restored.worker_id);
     ensure!(machine.count("alice").await? == (count + 1, nonce));
