@@ -466,19 +466,18 @@ impl Supervisor {
         (answer.map(|frame| data_of(frame).into()), code)
     }
 
-    /// Opens a session; gives back when it is accepted, and goes on until the stream ends, with its status.
+    /// Opens a session; gives back when it is accepted, and goes on until the stream ends, with its status. As a stock
+    /// supervisor it says Hello again when its stream ends before: a hub that is new to the shim ends what was said
+    /// before it came.
     pub async fn session(&self, instance: &str) -> (String, tokio::task::JoinHandle<u32>) {
-        let (feed, answer) = self.call("ConnectSupervisor");
-        let hello = SupervisorHello { sandbox_id: "sb-1".to_owned(), instance_id: instance.to_owned() };
-        let hello = SupervisorMessage { payload: Some(supervisor_message::Payload::Hello(hello)) };
-        feed.send(Ok(BodyFrame::data(Framed::new(&hello).raw))).await.unwrap();
-        let response = within("the session's answer", answer).await;
-        let mut messages = Deframed { body: response.into_body(), deframer: Deframer::default() };
-        let first =
-            within("the acceptance", messages.next()).await.unwrap().read::<GatewayMessage>().unwrap();
-        let Some(gateway_message::Payload::SessionAccepted(accepted)) = first.payload else {
-            panic!("the first message is the acceptance");
-        };
+        let (session_id, feed, mut messages) = within("the acceptance", async {
+            loop {
+                if let Some(accepted) = self.hello(instance).await {
+                    return accepted;
+                }
+            }
+        })
+        .await;
         let supervisor = Self { requests: self.requests.clone() };
         let running = tokio::spawn(async move {
             // Kept, as a supervisor keeps it.
@@ -492,7 +491,21 @@ impl Supervisor {
             }
             0
         });
-        (accepted.session_id, running)
+        (session_id, running)
+    }
+
+    /// Says Hello; none when the stream ends before the acceptance.
+    async fn hello(&self, instance: &str) -> Option<(String, Feed, Deframed)> {
+        let (feed, answer) = self.call("ConnectSupervisor");
+        let hello = SupervisorHello { sandbox_id: "sb-1".to_owned(), instance_id: instance.to_owned() };
+        let hello = SupervisorMessage { payload: Some(supervisor_message::Payload::Hello(hello)) };
+        feed.send(Ok(BodyFrame::data(Framed::new(&hello).raw))).await.unwrap();
+        let mut messages = Deframed { body: answer.await.into_body(), deframer: Deframer::default() };
+        let first = messages.next().await?.read::<GatewayMessage>().unwrap();
+        let Some(gateway_message::Payload::SessionAccepted(accepted)) = first.payload else {
+            panic!("the first message is the acceptance");
+        };
+        Some((accepted.session_id, feed, messages))
     }
 
     fn echo(&self, channel_id: String) -> impl Future<Output = ()> + use<> {
