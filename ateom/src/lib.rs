@@ -37,6 +37,7 @@ pub mod slot;
 mod sockets;
 pub mod state;
 pub mod sys;
+pub mod volume;
 pub mod worker;
 
 pub use sys::boottime_ns;

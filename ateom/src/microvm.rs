@@ -381,9 +381,22 @@ struct Running {
     vm: Box<dyn Vm>,
     agent: OnceLock<Agent>,
     containers: Vec<ResolvedContainer>,
+    /// Disks of volumes.
+    volumes: Vec<PathBuf>,
 }
 
 impl Running {
+    /// Sets the space of volumes aside again: to the guest's standing still belongs that it gives back what its files do
+    /// not need.
+    fn reserve_volumes(&self) {
+        for disk in &self.volumes {
+            if let Err(error) = reserve(disk) {
+                // Until the actor's next start the watermarks have to do.
+                tracing::warn!(%error, "a volume may run out of space");
+            }
+        }
+    }
+
     fn agent(&self) -> Result<&Agent, RuntimeError> {
         self.agent.get().ok_or_else(|| RuntimeError::Failed("the guest's agent is not connected".to_owned()))
     }
@@ -453,8 +466,15 @@ impl MicrovmSandbox {
         })
     }
 
-    fn set_running(&self, vm: Box<dyn Vm>, spec: &SandboxSpec) -> Result<&Running, RuntimeError> {
-        let running = Running { vm, agent: OnceLock::new(), containers: spec.containers.clone() };
+    fn set_running(
+        &self,
+        vm: Box<dyn Vm>,
+        spec: &SandboxSpec,
+        layout: &Layout,
+    ) -> Result<&Running, RuntimeError> {
+        let volumes = layout.volumes.iter().map(spec::Volume::disk).collect();
+        let containers = spec.containers.clone();
+        let running = Running { vm, agent: OnceLock::new(), containers, volumes };
         if self.running.set(running).is_err() {
             return Err(RuntimeError::Failed("this sandbox was started before".to_owned()));
         }
@@ -477,16 +497,17 @@ impl MicrovmSandbox {
         Ok(running.agent.get_or_init(|| Agent::new(stream, quiet, names, logs)))
     }
 
-    /// Makes the disks of volumes that have none; returns which were made.
+    /// Makes the disks of volumes that have none, and reserves their space; returns which were made.
     async fn make_volumes(&self, layout: &Layout) -> Result<Vec<bool>, RuntimeError> {
         let mut fresh = Vec::new();
         for volume in &layout.volumes {
-            let disk = volume.directory.join(spec::VOLUME_DISK);
+            let disk = volume.disk();
             let is_new = !disk.exists();
             fresh.push(is_new);
             if is_new {
-                self.make_volume(&disk, volume.size).await?;
+                self.make_volume(&disk, volume::reserved(volume.size)).await?;
             }
+            reserve(&disk)?;
         }
         Ok(fresh)
     }
@@ -538,6 +559,7 @@ impl MicrovmSandbox {
 
     /// After a failed checkpoint: lets the actor go on, and says whether it does.
     async fn go_on(&self, running: &Running, error: RuntimeError) -> RuntimeError {
+        running.reserve_volumes();
         let again = async {
             running.vm.resume().await?;
             running.agent()?.resume(now(Renewal::default()), TURN_LIMIT).await
@@ -547,6 +569,15 @@ impl MicrovmSandbox {
             Err(worse) => RuntimeError::Failed(format!("{error}; and it could not go on: {worse}")),
         }
     }
+}
+
+/// Sets the whole space of a volume's disk aside.
+fn reserve(disk: &Path) -> Result<(), RuntimeError> {
+    File::options()
+        .write(true)
+        .open(disk)
+        .and_then(|file| volume::reserve(&file))
+        .map_err(file_error("reserve the space of", disk))
 }
 
 async fn link_up(steps: &Steps) -> Result<(), RuntimeError> {
@@ -560,7 +591,7 @@ impl Sandbox for MicrovmSandbox {
         let layout = spec::layout(spec);
         let fresh = self.make_volumes(&layout).await?;
         let vm = self.vmm.boot(self.home(&layout)?, &layout.machine, steps).await?;
-        let running = self.set_running(vm, spec)?;
+        let running = self.set_running(vm, spec, &layout)?;
         let agent = Self::connect(running, false)?;
         let renewal = renewal(&layout)?;
         steps.time("kernel", running.with_agent(agent.greeted(KERNEL_LIMIT))).await?;
@@ -572,14 +603,15 @@ impl Sandbox for MicrovmSandbox {
     async fn restore(&self, spec: &SandboxSpec, directory: &Path, steps: &Steps) -> Result<(), RuntimeError> {
         let layout = spec::layout(spec);
         for volume in &layout.volumes {
-            let disk = volume.directory.join(spec::VOLUME_DISK);
+            let disk = volume.disk();
             if !disk.exists() {
                 return Err(RuntimeError::Failed(format!("the volume's disk {} is missing", disk.display())));
             }
+            reserve(&disk)?;
         }
         let renewal = renewal(&layout)?;
         let vm = self.vmm.restore(self.home(&layout)?, &layout.machine, directory, steps).await?;
-        let running = self.set_running(vm, spec)?;
+        let running = self.set_running(vm, spec, &layout)?;
         let agent = Self::connect(running, true)?;
         steps.time("continue", running.vm.resume()).await?;
         steps.time("renew", running.with_agent(agent.resume(now(renewal), TURN_LIMIT))).await?;
@@ -608,6 +640,7 @@ impl Sandbox for MicrovmSandbox {
             Err(error) => return Err(self.go_on(running, error).await),
         };
         if keep_running {
+            running.reserve_volumes();
             steps.time("continue", running.vm.resume()).await?;
             steps
                 .time("renew", running.with_agent(agent.resume(now(Renewal::default()), TURN_LIMIT)))

@@ -18,6 +18,8 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use ateom::microvm::spec::VOLUME_DISK;
+use ateom::volume::{DEFAULT_SIZE, give_back, reserved};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 use substrate_proto::types::{ActorSpec, Assignment, TemplateSpec, Volume};
@@ -238,10 +240,7 @@ impl ActorPlaces {
     /// # Errors
     /// [`NodeError::Invalid`] for a size that is none.
     pub fn volume_bytes(template: &TemplateSpec) -> Result<u64, NodeError> {
-        if template.sandbox_class == "microvm" {
-            return Ok(0);
-        }
-        let sizes = template.volumes.iter().map(|spec| volume_size(spec).map(quota::reserved));
+        let sizes = template.volumes.iter().map(|spec| volume_size(spec).map(reserved));
         let sizes: io::Result<Vec<u64>> = sizes.collect();
         Ok(sizes.map_err(|error| NodeError::invalid("volumes.size", error.to_string()))?.into_iter().sum())
     }
@@ -424,12 +423,26 @@ fn close_volumes(state: &Path) {
             tracing::warn!(volumes = %volumes.display(), name, %error, "a volume stays mounted");
         }
     }
+    // Those of machines. There may be none.
+    for entry in std::fs::read_dir(&volumes).into_iter().flatten().flatten() {
+        let disk = entry.path().join(VOLUME_DISK);
+        let given = match File::options().write(true).open(&disk) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Ok(())
+            }
+            other => other.and_then(|file| give_back(&file)),
+        };
+        if let Err(error) = given {
+            // Only costs space.
+            tracing::debug!(disk = %disk.display(), %error, "cannot give back unused space");
+        }
+    }
 }
 
 fn volume_size(spec: &Volume) -> io::Result<u64> {
     let size = quantity::bytes(&spec.size)
         .map_err(|rule| io::Error::new(io::ErrorKind::InvalidInput, format!("volumes.size: {rule}")))?;
-    Ok(if size == 0 { quota::DEFAULT_SIZE } else { size })
+    Ok(if size == 0 { DEFAULT_SIZE } else { size })
 }
 
 fn mark(snapshot: &NodeSnapshot) -> String {
@@ -603,7 +616,7 @@ mod tests {
         assert!(data.exists(), "unmounted under a start");
         bed.places.close_volumes("u1", || true);
         assert!(!data.exists(), "still mounted");
-        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), quota::reserved(16 << 20));
+        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), reserved(16 << 20));
         prepare(true);
         let state = bed.dir.path().join("state");
         assert_eq!(bundles(&state).unwrap(), [("u1".to_owned(), state.join("u1"))]);
@@ -629,6 +642,6 @@ mod tests {
         assert!(old.join("x").exists());
         template.sandbox_class = "microvm".into();
         assert_eq!(prepare(&template).volumes["data"], old);
-        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), 0);
+        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), reserved(16 << 20));
     }
 }

@@ -6,9 +6,7 @@
 //!        /<name>/          where it is mounted
 //!        /<name>/data/     the volume
 //! ```
-//! Reserved, because a workload could otherwise fill the node's disk within its own quota and would then lose what it
-//! had written: with the space set aside it is told at once that the disk is full, or not at all. Given back
-//! (fstrim(8)) when the actor goes to sleep, so that a sleeping actor costs what its files hold.
+//! Its space is [`ateom::volume`]'s: reserved while the actor is awake, and given back (fstrim(8)) when it goes to sleep.
 //!
 //! mount(8) sets the loop device up: it takes the one that already stands for this file, so that two mounts of a file
 //! are one file system.
@@ -19,18 +17,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ateom::volume::{reserve, reserved};
 use nix::errno::Errno;
-use nix::fcntl::FallocateFlags;
 use nix::mount::MntFlags;
 
 use crate::durable;
 
-/// Size of a volume whose template does not say, bytes.
-pub const DEFAULT_SIZE: u64 = 1 << 30;
 /// Name of the volume's own directory in its file system.
 const DATA: &str = "data";
-/// What the file system needs for itself, beside a sixteenth, bytes.
-const OVERHEAD: u64 = 8 << 20;
 /// How often unused space is given back at most, and how long is waited the longer the more often.
 const TRIMS: u32 = 5;
 const SETTLE: Duration = Duration::from_millis(20);
@@ -38,11 +32,6 @@ const SETTLE: Duration = Duration::from_millis(20);
 const SLACK: u64 = 1 << 20;
 /// How long a volume may be in somebody's use before it stays mounted.
 const BUSY: Duration = Duration::from_secs(5);
-
-/// Bytes on the disk that a volume of a size takes while its actor is awake.
-pub fn reserved(size: u64) -> u64 {
-    (size + size / 16 + OVERHEAD).next_multiple_of(1 << 20)
-}
 
 /// A volume in `volumes`.
 #[derive(Debug, Clone)]
@@ -78,7 +67,7 @@ impl QuotaVolume {
             return Ok(self.data());
         }
         let file = File::options().write(true).open(&self.image).map_err(durable::at("open", &self.image))?;
-        reserve(&file, file.metadata()?.len()).map_err(durable::at("reserve the space of", &self.image))?;
+        reserve(&file).map_err(durable::at("reserve the space of", &self.image))?;
         drop(file);
         match std::fs::create_dir(&self.mount) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -112,7 +101,7 @@ impl QuotaVolume {
                 .map_err(durable::at("create", &new))?;
             file.set_permissions(Permissions::from_mode(0o600))?;
             file.set_len(size)?;
-            reserve(&file, size).map_err(durable::at("reserve the space of", &new))?;
+            reserve(&file).map_err(durable::at("reserve the space of", &new))?;
             run(Command::new("mkfs.ext4")
                 .args([
                     "-q",
@@ -194,14 +183,6 @@ pub fn all(volumes: &Path) -> Vec<String> {
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter_map(|name| Some(name.strip_prefix('.')?.strip_suffix(".img")?.to_owned()))
         .collect()
-}
-
-fn reserve(file: &File, size: u64) -> io::Result<()> {
-    match nix::fcntl::fallocate(file, FallocateFlags::empty(), 0, size as i64) {
-        // Where the file system below cannot, the watermarks have to do.
-        Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }
 
 fn is_mounted(path: &Path) -> io::Result<bool> {

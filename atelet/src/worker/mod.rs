@@ -17,8 +17,8 @@
 //! **Restart of this process.** Workers outlive it: they have sessions, control groups and log files of their own. The
 //! next one finds them by their notes and connects to their sockets; what a slot holds is asked of the slot.
 //!
-//! **Another runtime.** A worker that is adopted and runs another runtime than the one configured for it now is ended
-//! as soon as its slot is empty, and started with the new one.
+//! **Another runtime.** A worker that is adopted and was started with another runtime, or other settings, than it would
+//! be now (`runtime` beside its note) is ended as soon as its slot is empty, and started with the new one.
 //!
 //! **Calls** do not pass through the task: they use the connection that [`Worker::up`] hands out. A call that fails
 //! because the worker died waits for the fence in [`Worker::fenced_since`].
@@ -87,14 +87,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The program of a worker, and the digest that its runtime will have if that is known.
-    fn launch(
-        &self,
-        id: &str,
-        pool: &str,
-        class: WorkerClass,
-        files: RuntimeFiles,
-    ) -> (Launch, Option<String>) {
+    /// The program of a worker.
+    fn launch(&self, id: &str, pool: &str, class: WorkerClass, files: RuntimeFiles) -> Launch {
         let path = |path: &Path| path.display().to_string();
         let mut args = vec![
             "--worker-id".to_owned(),
@@ -110,7 +104,7 @@ impl Settings {
             "--cgroup".to_owned(),
             format!("{}/{id}", self.cgroup),
         ];
-        let (program, digest) = match &self.microvm {
+        let program = match &self.microvm {
             Some(microvm) if class == WorkerClass::Microvm => {
                 let (qemu, digest, is_packed) = match files.vmm {
                     Some(vmm) => (vmm.path, Some(vmm.sha256), vmm.is_packed),
@@ -122,7 +116,7 @@ impl Settings {
                 args.push(path(&self.state.join("kvm.json")));
                 let name = if is_packed { "--archive-sha256" } else { "--qemu-sha256" };
                 args.extend(digest.iter().flat_map(|digest| [name.to_owned(), digest.clone()]));
-                (&microvm.ateom_binary, digest)
+                &microvm.ateom_binary
             }
             // A class without its settings is refused with the configuration.
             _ => {
@@ -132,10 +126,10 @@ impl Settings {
                 };
                 args.extend(["--runsc".to_owned(), path(&runsc)]);
                 args.extend(digest.iter().flat_map(|digest| ["--runsc-sha256".to_owned(), digest.clone()]));
-                (&self.ateom, digest)
+                &self.ateom
             }
         };
-        (Launch { program: program.clone(), args, log: self.log(id), note: self.note(id) }, digest)
+        Launch { program: program.clone(), args, log: self.log(id), note: self.note(id) }
     }
 
     /// What a worker says.
@@ -146,6 +140,11 @@ impl Settings {
     /// Where the process of a worker is noted.
     pub fn note(&self, id: &str) -> PathBuf {
         self.state.join(id).join("process.json")
+    }
+
+    /// Where it is noted what a worker was started with.
+    fn runtime_note(&self, id: &str) -> PathBuf {
+        self.state.join(id).join("runtime")
     }
 
     /// The worker's socket.
@@ -365,11 +364,11 @@ impl Task {
         loop {
             let begun = Instant::now();
             let end = match self.obtain().await {
-                Ok((mut process, runtime)) => {
+                Ok((mut process, is_outdated)) => {
                     let pid = process.identity.pid;
                     let end = tokio::select! {
                         biased;
-                        end = self.serve(pid, runtime.as_deref()) => end,
+                        end = self.serve(pid, is_outdated) => end,
                         reason = process.ended() => End::Dead(reason),
                         () = self.stop.cancelled() => End::Stopped,
                     };
@@ -444,13 +443,23 @@ impl Task {
         }
     }
 
-    /// The worker's process: the noted one, or a new one after whatever is left was fenced.
-    async fn obtain(&self) -> Result<(Process, Option<String>), String> {
+    /// What a worker of ours is started with, as far as that is known before anything is fetched: each part of its
+    /// runtime, and the settings.
+    fn runtime_name(&self) -> String {
+        let own = self.runtime.iter().flat_map(RuntimeConfig::parts);
+        let parts = own.filter_map(|(name, part)| Some(format!("{name} {}", part.here()?.sha256)));
+        let settings = self.settings.launch(&self.id, &self.pool, self.class, RuntimeFiles::default());
+        parts.chain(settings.args).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The worker's process: the noted one, or a new one after whatever is left was fenced. And whether it was started
+    /// with another runtime than is configured now.
+    async fn obtain(&self) -> Result<(Process, bool), String> {
+        let (runtime, runtime_note) = (self.runtime_name(), self.settings.runtime_note(&self.id));
         if let Some(process) = Process::adopt(&self.settings.note(&self.id)) {
             tracing::info!(worker = self.id, pid = process.identity.pid, "adopted");
-            let own = self.runtime.as_ref().and_then(|runtime| runtime.digest(self.class)).map(str::to_owned);
-            let of_class = || self.settings.launch("", "", self.class, RuntimeFiles::default()).1;
-            return Ok((process, own.or_else(of_class)));
+            let is_outdated = !std::fs::read_to_string(&runtime_note).is_ok_and(|noted| noted == runtime);
+            return Ok((process, is_outdated));
         }
         if !self.fence().await {
             return Err("the node agent is stopping".to_owned());
@@ -465,7 +474,7 @@ impl Task {
                 self.settings.assets.runtime(runtime).await.map_err(|error| error.to_string())?
             }
         };
-        let (launch, digest) = self.settings.launch(&self.id, &self.pool, self.class, files);
+        let launch = self.settings.launch(&self.id, &self.pool, self.class, files);
         let socket = self.settings.socket(&self.id);
         let group = self.group.child("ateom");
         let dirs = [self.settings.state.join(&self.id), self.settings.run.join(&self.id)];
@@ -476,6 +485,8 @@ impl Task {
             // A socket of a dead process would only refuse connections; without it the wait is clear.
             crate::durable::remove_file(&socket).map_err(|error| error.to_string())?;
             group.ensure().map_err(|error| error.to_string())?;
+            std::fs::write(&runtime_note, runtime)
+                .map_err(|error| crate::durable::at("write", &runtime_note)(error).to_string())?;
             let mut process = Process::start(&launch).map_err(|error| error.to_string())?;
             if let Err(error) = group.add(process.identity.pid as u32) {
                 // One that has ended already cannot be moved, and says more by how it ended.
@@ -487,12 +498,11 @@ impl Task {
         })
         .await?;
         tracing::info!(worker = self.id, pid = process.identity.pid, "started");
-        Ok((process, digest))
+        Ok((process, false))
     }
 
-    /// Connects and relays until the worker no longer answers. One that was adopted may run another runtime than
-    /// `runtime`; it is ended as soon as it is empty.
-    async fn serve(&self, pid: i32, runtime: Option<&str>) -> End {
+    /// Connects and relays until the worker no longer answers. One that is outdated is ended as soon as it is empty.
+    async fn serve(&self, pid: i32, is_outdated: bool) -> End {
         let mut deadline = Instant::now() + self.settings.start_limit;
         loop {
             let (client, capabilities, mut events) = match self.connect(deadline).await {
@@ -505,9 +515,7 @@ impl Task {
                     ));
                 }
             };
-            let outdated =
-                runtime.is_some_and(|wanted| !capabilities.runtime_digest.eq_ignore_ascii_case(wanted));
-            let mut ending = outdated.then(|| client.clone());
+            let mut ending = is_outdated.then(|| client.clone());
             let mut up = Some(Up { client, capabilities });
             let broken = loop {
                 match events.message().await {

@@ -117,7 +117,7 @@ struct State {
     /// Pids of the containers' main processes.
     containers: Vec<i32>,
     execs: HashMap<u32, Exec>,
-    volumes: bool,
+    volumes: usize,
 }
 
 struct Agent {
@@ -234,7 +234,7 @@ impl Agent {
     fn boot(self: &Arc<Self>, request: &Boot) -> Result<(), String> {
         boot::furnish(request)?;
         renew(&request.renewal)?;
-        locked(&self.state).volumes = !request.volumes.is_empty();
+        locked(&self.state).volumes = request.volumes.len();
         for (number, container) in request.containers.iter().enumerate() {
             let plan = Plan::Make { container: container.clone(), hostname: request.hostname.clone() };
             let (agent, (started, result)) = (Arc::clone(self), mpsc::channel());
@@ -356,11 +356,22 @@ impl Agent {
         Ok(status)
     }
 
-    /// Freezes the workload and makes its volumes' disks complete.
+    /// Freezes the workload, and makes its volumes' disks complete and no larger than what they hold.
     fn stand_still(&self) -> Result<(), String> {
         freeze(true)?;
-        if locked(&self.state).volumes {
+        let volumes = locked(&self.state).volumes;
+        if volumes > 0 {
             nix::unistd::sync();
+        }
+        for index in 0..volumes {
+            let root = format!("{}/{index}", boot::VOLUMES);
+            match File::open(&root).and_then(|root| sys::trim(&root)) {
+                Err(error) if error.kind() != io::ErrorKind::Unsupported => {
+                    eprintln!("cannot give back what volume {index} does not need: {error}");
+                }
+                // A disk that takes no such hint costs space.
+                _ => {}
+            }
         }
         Ok(())
     }

@@ -18,7 +18,18 @@ mod ioctl {
     // linux/random.h
     nix::ioctl_write_ptr_bad!(rndaddentropy, 0x4008_5203, super::Entropy);
     nix::ioctl_none_bad!(rndreseedcrng, 0x5207);
+    // linux/fs.h
+    nix::ioctl_readwrite_bad!(fitrim, 0xc018_5879, super::Trim);
     nix::ioctl_write_ptr_bad!(siocsifflags, libc::SIOCSIFFLAGS, libc::ifreq);
+}
+
+/// `struct fstrim_range`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Trim {
+    start: u64,
+    length: u64,
+    shortest: u64,
 }
 
 /// `struct rand_pool_info` with its buffer.
@@ -52,6 +63,14 @@ pub fn add_entropy(random: &std::fs::File, seed: &[u8]) -> io::Result<()> {
     unsafe { ioctl::rndaddentropy(random.as_raw_fd(), &raw const pool) }?;
     // SAFETY: takes no argument.
     unsafe { ioctl::rndreseedcrng(random.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// Tells a file system's disk which of its blocks are free (ioctl_fstrim(2)).
+pub fn trim(root: &std::fs::File) -> io::Result<()> {
+    let mut whole = Trim { start: 0, length: u64::MAX, shortest: 0 };
+    // SAFETY: `whole` lives through the call, which reads it and writes how much was free into it.
+    unsafe { ioctl::fitrim(root.as_raw_fd(), &raw mut whole) }?;
     Ok(())
 }
 

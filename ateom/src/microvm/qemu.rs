@@ -190,7 +190,9 @@ impl Qemu {
             };
             add(
                 "-drive",
-                format!("if=none,id={serial},format=raw,readonly={access},file.locking=off,file={path}"),
+                format!(
+                    "if=none,id={serial},format=raw,readonly={access},discard=unmap,file.locking=off,file={path}"
+                ),
             );
             add("-device", format!("virtio-blk-pci,drive={serial},serial={serial}"));
         }

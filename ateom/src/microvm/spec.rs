@@ -19,6 +19,7 @@ use crate::container;
 use crate::error::SlotError;
 use crate::network::{ACTOR_V4, ACTOR_V6, V4_PREFIX, V6_PREFIX, WORKER_V4, WORKER_V6};
 use crate::runtime::{RuntimeError, file_error};
+use crate::volume::DEFAULT_SIZE;
 
 /// Memory of an actor that names none, bytes.
 const DEFAULT_MEMORY: u64 = 512 << 20;
@@ -30,8 +31,6 @@ pub const GUEST_OVERHEAD: u64 = 64 << 20;
 const MAX_DELIVERED: u64 = 4 << 20;
 /// Name of a volume's disk in its directory.
 pub const VOLUME_DISK: &str = "disk.ext4";
-/// Size of a volume that does not say, bytes.
-const DEFAULT_VOLUME: u64 = 1 << 30;
 /// Most image and volume disks: each takes a slot of the machine's bus.
 const MAX_DISKS: usize = 20;
 
@@ -67,8 +66,15 @@ pub struct Machine {
 pub struct Volume {
     /// Its directory on the host.
     pub directory: PathBuf,
-    /// Bytes.
+    /// Bytes that it holds.
     pub size: u64,
+}
+
+impl Volume {
+    /// Its disk.
+    pub fn disk(&self) -> PathBuf {
+        self.directory.join(VOLUME_DISK)
+    }
 }
 
 /// Everything that follows from a spec without looking at the host.
@@ -106,7 +112,7 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
                     let image = index_of(&mut roots, &mount.source.as_str());
                     guest::Source::Image { image, path: mount.subpath.trim_matches('/').to_owned() }
                 } else if is_volume(mount) {
-                    let size = if mount.size_bytes == 0 { DEFAULT_VOLUME } else { mount.size_bytes };
+                    let size = if mount.size_bytes == 0 { DEFAULT_SIZE } else { mount.size_bytes };
                     let directory = PathBuf::from(&mount.source);
                     let known = volumes.iter().position(|volume| volume.directory == directory);
                     guest::Source::Volume(known.unwrap_or_else(|| {
@@ -132,10 +138,7 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
     let disk = |serial: String, path: PathBuf, read_only| Disk { serial, path, read_only };
     let images =
         roots.iter().enumerate().map(|(n, path)| disk(format!("image{n}"), PathBuf::from(path), true));
-    let own = volumes
-        .iter()
-        .enumerate()
-        .map(|(n, volume)| disk(format!("volume{n}"), volume.directory.join(VOLUME_DISK), false));
+    let own = volumes.iter().enumerate().map(|(n, volume)| disk(format!("volume{n}"), volume.disk(), false));
     let memory = if spec.memory_bytes == 0 { DEFAULT_MEMORY } else { spec.memory_bytes };
     let machine = Machine {
         memory: (memory + GUEST_OVERHEAD).max(LEAST_MEMORY).next_multiple_of(2 << 20),
