@@ -33,6 +33,7 @@ use crate::network::{LinkKind, open_link};
 use crate::runtime::{
     Description, ExecProcess, ExecRequest, Place, Runtime, RuntimeError, Sandbox, Steps, file_error,
 };
+use crate::volume;
 
 pub mod accelerator;
 mod agent;

@@ -137,3 +137,15 @@ fn same_files(a: &NodeSnapshot, b: &NodeSnapshot) {
         );
     }
 }
+
+fn list_all(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            found.extend(list_all(&entry.path()));
+        } else {
+            found.push(entry.path());
+        }
+    }
+    found
+}

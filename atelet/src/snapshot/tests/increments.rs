@@ -164,7 +164,7 @@ async fn packs_that_are_mostly_dead_are_let_go_of_and_reads_stay_few() {
         for (live, length) in live(&manifest) {
             assert!(live * 5 >= length, "{id}: a pack of {length} bytes is kept for {live} of them");
         }
-        let reads = super::restore::jobs(&manifest).len();
+        let reads = crate::snapshot::restore::jobs(&manifest).len();
         assert!(reads <= (3 * memory.len()) >> 20, "{id}: restored by {reads} reads");
         bed.snapshots.drop_now("u1", &id).unwrap();
         parents = vec![manifest];

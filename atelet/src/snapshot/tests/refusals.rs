@@ -18,7 +18,7 @@ async fn every_flipped_or_missing_byte_of_a_durable_snapshot_is_refused() {
         let path = bed.blob(object);
         let good = std::fs::read(&path).unwrap();
         // The header of a pack holds nothing that is used; every byte after it is authenticated.
-        let first = if object.contains("packs") { super::pack::PACK_HEADER as usize } else { 0 };
+        let first = if object.contains("packs") { crate::snapshot::pack::PACK_HEADER as usize } else { 0 };
         for at in spots(good.len()).filter(|at| *at >= first) {
             let mut bad = good.clone();
             bad[at] ^= 1 << (at % 8);
@@ -44,18 +44,6 @@ async fn every_flipped_or_missing_byte_of_a_durable_snapshot_is_refused() {
     bed.durable.fetch(&node, &wanted).await.unwrap();
 }
 
-fn list_all(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.path().is_dir() {
-            found.extend(list_all(&entry.path()));
-        } else {
-            found.push(entry.path());
-        }
-    }
-    found
-}
-
 type Change = fn(&mut Manifest);
 
 /// A manifest with a change, sealed anew: what someone with the key but without the control plane could write.
@@ -69,7 +57,7 @@ async fn forged(bed: &Bed, original: &Manifest, change: impl FnOnce(&mut Manifes
     let place =
         manifest::manifest_key("u1", original.header.generation, &original.header.snapshot_id).unwrap();
     bed.store.delete(&place).await.unwrap();
-    forged.digest = hex::encode(super::digest::sha256(&content));
+    forged.digest = hex::encode(crate::snapshot::digest::sha256(&content));
     bed.store.put(&place, whole(content)).await.unwrap();
     forged
 }
@@ -146,7 +134,7 @@ async fn another_actors_older_or_newer_manifest_and_another_key_are_refused() {
     let mut content = std::fs::read(&path).unwrap();
     content[8] = 3;
     std::fs::write(&path, &content).unwrap();
-    let digest = hex::encode(super::digest::sha256(&content));
+    let digest = hex::encode(crate::snapshot::digest::sha256(&content));
     let error = refused(Bed::wanted("s1", 1, &digest)).await;
     assert!(matches!(error, SnapshotError::Version { found: 3, .. }), "{error}");
     content[8] = 2;
@@ -178,7 +166,7 @@ fn the_plain_content_is_nowhere_in_the_store() {
         &[("secret-file-name.img", FileKind::Memory, (9000, vec![(100, secret.to_vec())]))],
     );
     runtime.block_on(bed.durable.upload(&made, "blue", &[])).unwrap();
-    let digest = super::digest::sha256(&std::fs::read(made.path(&made.record.files[0])).unwrap());
+    let digest = crate::snapshot::digest::sha256(&std::fs::read(made.path(&made.record.files[0])).unwrap());
     for path in list_all(&bed.dir.path().join("blobs")) {
         let content = std::fs::read(&path).unwrap();
         for hidden in [&secret[..], b"secret-file-name", &digest] {
