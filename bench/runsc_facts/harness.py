@@ -123,6 +123,14 @@ class Net:
             ["ip", "-n", self.actor, "route", "add", "default", "via", OUTER], check=True, capture_output=True
         )
 
+    def to_host(self):
+        """Moves the outer end to the host."""
+        name = self.tag
+        subprocess.run(
+            ["ip", "-n", self.worker, "link", "set", "w0", "name", name, "netns", str(os.getpid())], check=True
+        )
+        ip(f"addr add {OUTER}/30 dev {name}", f"link set {name} up")
+
     def addresses(self):
         out = subprocess.run(
             ["ip", "-n", self.actor, "-j", "addr"], check=True, capture_output=True, text=True

@@ -4,24 +4,27 @@
 //!
 //! **Private memory.** A page that was written through a private mapping of a file is the process's own: anonymous, or
 //! swapped. `/proc/PID/pagemap` says so of each page without any help of the kernel's build or of the VMM
-//! (Documentation/admin-guide/mm/pagemap.rst: bits 61 to 63), and `/proc/PID/mem` reads it. So what a machine has
+//! (Documentation/admin-guide/mm/pagemap.rst: bits 61 to 63), and process_vm_readv(2) reads it. So what a machine has
 //! written since it was restored is known at the moment it stands still, and is all that has to be copied before it
 //! goes on ([`Private::copy_dirty`]); the other pages are those of the file, which nobody changes ([`Rest`]).
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::unistd::{Whence, lseek64};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::{Pid, Whence, lseek64};
 
 /// Bytes of a piece that one thread copies at a time.
 const PIECE: u64 = 1 << 20;
 /// Bytes that are left out when they are zero; a page.
 const GRAIN: usize = 4096;
+/// Pieces that one call reads at most (IOV_MAX of Linux).
+const PIECES: usize = 1024;
 /// Room on the file system in memory beside the guest's own, bytes: console, its inodes.
 const BESIDE: u64 = 4 << 20;
 
@@ -218,16 +221,40 @@ impl Private {
         Ok(Self { pid, base: Arc::new(base), size, stretches })
     }
 
-    /// Copies what the process has written to a file, which is as long as the memory, and says which pages that is.
+    /// Copies what the process has written, `room` bytes of it into our own memory, which is quicker, and what is more
+    /// to a file, which is as long as the memory. What is left to be done then does not need the process.
     ///
     /// # Errors
     /// A read or write that failed.
-    pub fn copy_dirty(&self, to: &File, threads: usize) -> io::Result<Pages> {
-        let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
+    pub fn copy_dirty(&self, to: File, room: u64, threads: usize) -> io::Result<Rest> {
+        let (pages, mut pieces) = self.written()?;
+        let mut held = 0;
+        let own = pieces.iter().take_while(|piece| {
+            held += piece.length;
+            held <= room
+        });
+        let direct = pieces.split_off(own.count());
+        let held = self.hold(pieces, threads)?;
         let memory = File::open(format!("/proc/{}/mem", self.pid))?;
+        let next = AtomicUsize::new(0);
+        let work = || -> io::Result<()> {
+            let mut buffer = vec![0; PIECE as usize];
+            while let Some(piece) = direct.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let bytes = &mut buffer[..piece.length as usize];
+                memory.read_exact_at(bytes, piece.address)?;
+                write_data(&to, bytes, piece.offset)?;
+            }
+            Ok(())
+        };
+        on_threads(if direct.is_empty() { 1 } else { threads }, &work)?;
+        Ok(Rest { from: Arc::clone(&self.base), except: pages, held, to, size: self.size })
+    }
+
+    /// Which pages it has written, and where they are.
+    fn written(&self) -> io::Result<(Pages, Vec<Piece>)> {
+        let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
         let mut pages = Pages::default();
-        // Address in the process, offset in the file, bytes.
-        let mut pieces: Vec<(u64, u64, u64)> = Vec::new();
+        let mut pieces: Vec<Piece> = Vec::new();
         let mut entries = vec![0; PIECE as usize / GRAIN * 8];
         for stretch in &self.stretches {
             for start in (0..stretch.length).step_by(PIECE as usize) {
@@ -241,45 +268,100 @@ impl Private {
                     let (address, offset) = (stretch.address + at, stretch.offset + at);
                     pages.insert(offset / GRAIN as u64);
                     match pieces.last_mut() {
-                        Some((from, _, length)) if *from + *length == address && *length < PIECE => {
-                            *length += GRAIN as u64;
+                        Some(last) if last.address + last.length == address && last.length < PIECE => {
+                            last.length += GRAIN as u64;
                         }
-                        _ => pieces.push((address, offset, GRAIN as u64)),
+                        _ => pieces.push(Piece { address, offset, length: GRAIN as u64 }),
                     }
                 }
             }
         }
-        let next = AtomicUsize::new(0);
-        let work = || -> io::Result<()> {
-            let mut buffer = vec![0; PIECE as usize];
-            while let Some((address, offset, length)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let bytes = &mut buffer[..*length as usize];
-                memory.read_exact_at(bytes, *address)?;
-                let mut at = 0;
-                while at < bytes.len() {
-                    at += grains(&bytes[at..], 0, true, |_, grain| is_zero(grain));
-                    let data = grains(&bytes[at..], 0, false, |_, grain| is_zero(grain));
-                    to.write_all_at(&bytes[at..at + data], offset + at as u64)?;
-                    at += data;
-                }
-            }
-            Ok(())
-        };
-        on_threads(threads, &work)?;
-        Ok(pages)
+        Ok((pages, pieces))
     }
 
-    /// What is left to be copied once these pages are.
-    pub fn rest(&self, dirty: Pages, to: File) -> Rest {
-        Rest { from: Arc::clone(&self.base), except: dirty, to, size: self.size }
+    /// Reads pieces into our memory.
+    fn hold(&self, pieces: Vec<Piece>, threads: usize) -> io::Result<Held> {
+        let length: u64 = pieces.iter().map(|piece| piece.length).sum();
+        let mut bytes = vec![0; length as usize];
+        let mut jobs = Vec::new();
+        let mut rest = &mut bytes[..];
+        for some in pieces.chunks(PIECES) {
+            let (own, others) = rest.split_at_mut(some.iter().map(|piece| piece.length as usize).sum());
+            rest = others;
+            jobs.push((some, own));
+        }
+        let jobs = Mutex::new(jobs);
+        let work = || -> io::Result<()> {
+            loop {
+                let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).pop();
+                let Some((some, own)) = job else { return Ok(()) };
+                self.read(some, own)?;
+            }
+        };
+        on_threads(threads, &work)?;
+        drop(jobs);
+        Ok(Held { bytes, pieces })
+    }
+
+    /// Reads pieces, one after the other, into a buffer as long as all of them.
+    fn read(&self, pieces: &[Piece], buffer: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let mut skip = done;
+            let left = pieces.iter().filter_map(|piece| {
+                let length = piece.length as usize;
+                let (base, len) = (piece.address as usize + skip.min(length), length - skip.min(length));
+                skip -= skip.min(length);
+                (len > 0).then_some(RemoteIoVec { base, len })
+            });
+            let left: Vec<_> = left.collect();
+            let mut local = [io::IoSliceMut::new(&mut buffer[done..])];
+            match process_vm_readv(Pid::from_raw(self.pid), &mut local, &left)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => done += read,
+            }
+        }
+        Ok(())
     }
 }
 
-/// What is still to be copied into a snapshot's memory, from a file that nobody changes meanwhile.
+/// Pages in a row.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    /// In the process.
+    address: u64,
+    /// In the file.
+    offset: u64,
+    /// Bytes.
+    length: u64,
+}
+
+/// Pieces that were read, one after the other.
+#[derive(Debug, Default)]
+struct Held {
+    bytes: Vec<u8>,
+    pieces: Vec<Piece>,
+}
+
+/// Writes bytes at an offset of a file of holes; pages of zeros stay holes.
+fn write_data(to: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    let mut at = 0;
+    while at < bytes.len() {
+        at += grains(&bytes[at..], 0, true, |_, grain| is_zero(grain));
+        let data = grains(&bytes[at..], 0, false, |_, grain| is_zero(grain));
+        to.write_all_at(&bytes[at..at + data], offset + at as u64)?;
+        at += data;
+    }
+    Ok(())
+}
+
+/// What is still to be copied into a snapshot's memory: what is held, and the rest of a file that nobody changes
+/// meanwhile.
 #[derive(Debug)]
 pub struct Rest {
     from: Arc<File>,
     except: Pages,
+    held: Held,
     to: File,
     size: u64,
 }
@@ -287,14 +369,25 @@ pub struct Rest {
 impl Rest {
     /// All of a file.
     pub fn of(from: File, to: File, size: u64) -> Self {
-        Self { from: Arc::new(from), except: Pages::default(), to, size }
+        Self { from: Arc::new(from), except: Pages::default(), held: Held::default(), to, size }
     }
 
-    /// Copies it; returns how many bytes were written.
+    /// Bytes of the pages that the machine had written.
+    pub fn dirty(&self) -> u64 {
+        self.except.bytes()
+    }
+
+    /// Copies it; returns how many bytes of the file were written.
     ///
     /// # Errors
     /// A read or write that failed.
     pub fn copy(&self) -> io::Result<u64> {
+        let mut bytes = &self.held.bytes[..];
+        for piece in &self.held.pieces {
+            let (own, others) = bytes.split_at(piece.length as usize);
+            bytes = others;
+            write_data(&self.to, own, piece.offset)?;
+        }
         copy_sparse(&self.from, &self.to, self.size, Some(&self.except), threads())
     }
 }
@@ -350,7 +443,8 @@ mod tests {
         // Page 7 became zeros: a hole, which has to stay one.
         to.write_all_at(&[2; GRAIN], 8 * GRAIN as u64).unwrap();
         assert_eq!(except.bytes(), 4 * GRAIN as u64);
-        let rest = Rest { from: Arc::new(from), except, to, size };
+        let held = Held::default();
+        let rest = Rest { from: Arc::new(from), except, held, to, size };
         assert_eq!(rest.copy().unwrap(), 60 * GRAIN as u64);
         let page = |number: u64| {
             let mut bytes = [9; GRAIN];
@@ -359,6 +453,46 @@ mod tests {
             bytes[0]
         };
         assert_eq!([0, 1, 6, 7, 8, 9, 62, 63].map(page), [0, 1, 1, 0, 2, 1, 1, 0]);
+    }
+
+    #[test]
+    fn what_a_process_has_written_is_held_or_copied_and_the_rest_follows() {
+        let pages = 3000;
+        let size = pages * GRAIN;
+        let base = tempfile::tempfile().unwrap();
+        base.write_all_at(&vec![1; size], 0).unwrap();
+        // Memory of our own that nobody has touched, as the process's.
+        let mut memory = vec![0_u8; size + GRAIN];
+        let skip = (memory.as_ptr() as usize).next_multiple_of(GRAIN) - memory.as_ptr() as usize;
+        let address = memory.as_ptr() as u64 + skip as u64;
+        let touched: Vec<usize> = (5..9).chain((20..pages).step_by(2)).collect();
+        for page in &touched {
+            let at = skip + page * GRAIN;
+            memory[at..at + GRAIN].fill((page % 250 + 2) as u8);
+        }
+        let private = Private {
+            pid: std::process::id() as i32,
+            base: Arc::new(base),
+            size: size as u64,
+            stretches: vec![Stretch { address, offset: 0, length: size as u64 }],
+        };
+        for room in [0, 700 * GRAIN, 2 * size] {
+            let to = tempfile::tempfile().unwrap();
+            to.set_len(size as u64).unwrap();
+            let rest = private.copy_dirty(to, room as u64, 2).unwrap();
+            assert!(rest.held.bytes.len() <= room && rest.dirty() >= (touched.len() * GRAIN) as u64);
+            assert_eq!(rest.held.bytes.is_empty(), room == 0);
+            rest.copy().unwrap();
+            let mut copied = vec![0; size];
+            rest.to.read_exact_at(&mut copied, 0).unwrap();
+            for (page, found) in copied.chunks(GRAIN).enumerate() {
+                // The kernel may have made whole huge pages ours.
+                let is_own = rest.except.contains(page as u64);
+                assert!(is_own || !touched.contains(&page), "page {page} was written");
+                let own = &memory[skip + page * GRAIN..][..GRAIN];
+                assert!(found == if is_own { own } else { &[1; GRAIN] }, "page {page} with room for {room}");
+            }
+        }
     }
 
     #[test]

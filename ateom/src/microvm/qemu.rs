@@ -58,6 +58,9 @@ pub const PRELOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/private.so"
 const PRIVATE: &str = "ATEOM_PRIVATE_MEMORY";
 /// Devices that every machine has beside its disks, as the guest sees them.
 const DEVICE_LIST: &str = "virtio-serial-pci virtserialport virtio-balloon-pci virtio-net-pci";
+/// Bytes that the guest has written and that are held in our memory while it stands still and is to go on soon; what is
+/// more goes to the disk's cache at once, which takes longer.
+const HELD: u64 = 128 << 20;
 /// Name of the memory file in a snapshot.
 pub const MEMORY: &str = "memory";
 /// Name of the devices' file in a snapshot.
@@ -481,10 +484,11 @@ impl Vm for QemuVm {
             }
             Memory::Private(private) => {
                 let private = private.clone();
+                let room = if keep_running { HELD } else { 0 };
                 let copy = blocking(move || {
-                    let dirty = private.copy_dirty(&saved, memory::threads())?;
-                    tracing::debug!(bytes = dirty.bytes(), "copied what the guest has written");
-                    Ok::<_, io::Error>(private.rest(dirty, saved))
+                    let rest = private.copy_dirty(saved, room, memory::threads())?;
+                    tracing::debug!(bytes = rest.dirty(), "copied what the guest has written");
+                    Ok::<_, io::Error>(rest)
                 });
                 Some(steps.time("memory", copy).await.map_err(file_error("copy memory to", &to))?)
             }
