@@ -154,6 +154,12 @@ fn kernel_archive(into: &Path, name: &str, more: &[u8]) -> Result<Runtime> {
     Runtime::of("kernel", archive)
 }
 
+/// The first worker for microVMs.
+async fn first(machine: &mut Machine) -> Result<ateapi::Worker> {
+    let workers = machine.api.list_workers(ateapi::ListWorkersRequest {}).await?.into_inner().workers;
+    workers.into_iter().find(|worker| worker.id == "m1").context("no worker m1")
+}
+
 #[tokio::test]
 async fn a_machine_monitor_and_a_kernel_come_from_the_sandbox_config() -> Result<()> {
     let root = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
@@ -184,11 +190,22 @@ async fn a_machine_monitor_and_a_kernel_come_from_the_sandbox_config() -> Result
     machine.counter("alice", |spec| "microvm".clone_into(&mut spec.sandbox_class)).await?;
     let (count, nonce) = machine.count("alice").await?;
     machine.suspend("alice").await?;
-    machine.stop()?;
+    let of_old_kernel = first(&mut machine).await?.pid;
+    machine.kill();
 
-    // Another kernel: what ran on the older one goes on with it. Fetched, neither needs its source.
+    // Another kernel: the worker that lived on is ended, and what ran on the older one goes on with it. Fetched, neither
+    // needs its source.
     std::fs::write(&sandbox, [entry("new", &kernels[1]), entry("old", &kernels[0])].concat())?;
     machine.restart().await?;
+    let deadline = tokio::time::Instant::now() + Duration::from_mins(1);
+    loop {
+        let now = first(&mut machine).await?;
+        if now.alive && now.pid != of_old_kernel {
+            break;
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "the worker with the older kernel goes on: {now:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     for source in [&qemu, &kernels[0].path, &kernels[1].path] {
         std::fs::remove_file(source)?;
     }
