@@ -16,10 +16,12 @@ const FILES: [&str; 8] = [
 ];
 
 /// Messages that are also documents a person writes: camelCase, unknown fields refused, missing ones default.
-const DOCUMENTS: [&str; 19] = [
+const DOCUMENTS: [&str; 21] = [
     "TemplateSpec",
     "Container",
     "SecurityContext",
+    "Seccomp",
+    "SeccompRule",
     "Readiness",
     "HttpGet",
     "VolumeMount",

@@ -31,6 +31,7 @@ pub mod nflog;
 pub mod occupancy;
 pub mod readiness;
 pub mod runtime;
+pub mod seccomp;
 mod seqpacket;
 pub mod service;
 pub mod slot;

@@ -225,6 +225,7 @@ fn run_supervisor(config: &Config, delivery: &Delivery, template: &mut TemplateS
         drop_capabilities: given.drop_capabilities,
         // It gives its rights up by itself, which the user's processes then cannot undo.
         no_new_privileges: given.no_new_privileges,
+        seccomp: given.seccomp,
     });
     // Never the user's own: the user's command starts only once the supervisor has its policy, which it gets through a
     // session with an actor that counts as ready.

@@ -209,6 +209,7 @@ fn security_context(asked: &DriverConfig, extra: &[String]) -> Option<SecurityCo
         add_capabilities: added,
         drop_capabilities: given.drop_capabilities,
         no_new_privileges: given.no_new_privileges,
+        seccomp: None,
     })
 }
 

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod seam;
+pub mod system_calls;
 #[cfg(feature = "tls")]
 pub mod tls;
 

@@ -3,7 +3,7 @@
 //! text is refused here.
 use std::net::IpAddr;
 
-use substrate_proto::types;
+use substrate_proto::{system_calls, types};
 
 use super::validate::{Invalid, checkpoint_policy, ensure, env, idle, resource_name};
 use super::{names, quantity};
@@ -58,6 +58,9 @@ const MAX_RULES: usize = 256;
 /// Most arguments of a command, and their longest sum in bytes.
 const MAX_ARGS: usize = 256;
 const MAX_ARGS_BYTES: usize = 128 * 1024;
+
+/// Most rules of a system call filter.
+const MAX_SECCOMP_RULES: usize = 64;
 
 /// Most images that are mounted into one container.
 const MAX_IMAGE_MOUNTS: usize = 8;
@@ -179,7 +182,11 @@ fn container(at: &str, spec: &types::TemplateSpec, index: usize) -> Result<(), I
     }
     if let Some(context) = &container.security_context {
         security(&format!("{at}.securityContext"), context)?;
+        if let Some(filter) = &context.seccomp {
+            seccomp(&format!("{at}.securityContext.seccomp"), filter, spec.sandbox_class == "microvm")?;
+        }
     }
+    rootfs(at, container, spec.sandbox_class == "microvm")?;
     if let Some(readiness) = &container.readiness {
         self::readiness(&format!("{at}.readiness"), readiness)?;
     }
@@ -229,6 +236,67 @@ fn container(at: &str, spec: &types::TemplateSpec, index: usize) -> Result<(), I
 
 fn tcp_port(field: String, port: u32) -> Result<(), Invalid> {
     ensure((1..=65_535).contains(&port), field, || format!("{port} is no TCP port: 1 to 65535"))
+}
+
+fn rootfs(at: &str, container: &types::Container, of_machine: bool) -> Result<(), Invalid> {
+    let field = format!("{at}.rootfs");
+    let persists = match container.rootfs.as_str() {
+        "" | "ephemeral" => false,
+        "persist" => true,
+        other => {
+            let problem = format!("{other:?} is neither \"ephemeral\" nor \"persist\"");
+            return Err(Invalid::new(field, problem));
+        }
+    };
+    ensure(!persists || of_machine, &field, || {
+        "\"persist\" needs sandboxClass \"microvm\": in gVisor what is written to a root is in the sandbox's memory; \
+         mount a volume where the workload writes"
+            .to_owned()
+    })?;
+    ensure(!persists || !container.read_only_root, &field, || {
+        "\"persist\" and readOnlyRoot exclude each other: nothing is written".to_owned()
+    })?;
+    if container.rootfs_size.is_empty() {
+        return Ok(());
+    }
+    let field = format!("{at}.rootfsSize");
+    ensure(persists, &field, || {
+        "is for rootfs \"persist\"; what is written to another root is bounded by resources.memory".to_owned()
+    })?;
+    quantity::bytes(&container.rootfs_size).map(drop).map_err(|error| Invalid::new(field, error))
+}
+
+fn seccomp(at: &str, filter: &types::Seccomp, of_machine: bool) -> Result<(), Invalid> {
+    let known = |action: &str| matches!(action, "allow" | "errno" | "kill");
+    let which = "is none of \"allow\", \"errno\" and \"kill\"";
+    let default = filter.default_action.as_str();
+    ensure(default.is_empty() || known(default), format!("{at}.defaultAction"), || {
+        format!("{default:?} {which}")
+    })?;
+    let rules = format!("{at}.rules");
+    ensure(filter.rules.len() <= MAX_SECCOMP_RULES, &rules, || {
+        format!("has more than {MAX_SECCOMP_RULES} entries")
+    })?;
+    let mut named = std::collections::BTreeSet::new();
+    for (i, rule) in filter.rules.iter().enumerate() {
+        let at = format!("{rules}[{i}]");
+        ensure(known(&rule.action), format!("{at}.action"), || format!("{:?} {which}", rule.action))?;
+        let field = format!("{at}.errno");
+        ensure(rule.errno == 0 || rule.action == "errno", &field, || "is for action \"errno\"".to_owned())?;
+        ensure(rule.errno < 4096, &field, || format!("{} is no error number", rule.errno))?;
+        ensure(rule.errno <= 1 || of_machine, &field, || {
+            "needs sandboxClass \"microvm\": in gVisor a refused call fails with EPERM (1)".to_owned()
+        })?;
+        ensure(!rule.names.is_empty(), format!("{at}.names"), || "is empty".to_owned())?;
+        for name in &rule.names {
+            ensure(system_calls::number(name).is_some(), format!("{at}.names"), || {
+                format!("{name:?} is no system call: write it as in syscalls(2), e.g. \"mount\"")
+            })?;
+            ensure(named.insert(name), format!("{at}.names"), || format!("{name:?} is named twice"))?;
+        }
+    }
+    let passes = matches!(default, "" | "allow") || filter.rules.iter().any(|rule| rule.action == "allow");
+    ensure(passes, rules, || "allow nothing: name what the program needs, execve too".to_owned())
 }
 
 fn security(at: &str, context: &types::SecurityContext) -> Result<(), Invalid> {
@@ -486,6 +554,67 @@ mod tests {
             }),
             "spec.hooks.afterRestore.container"
         );
+    }
+
+    #[test]
+    fn a_root_persists_in_a_microvm_only() {
+        let with = |class: &str, rootfs: &str, size: &str, read_only: bool| {
+            let mut spec = good();
+            spec.sandbox_class = class.into();
+            let main = &mut spec.containers[0];
+            (main.rootfs, main.rootfs_size, main.read_only_root) = (rootfs.into(), size.into(), read_only);
+            template_spec("spec", Some(&spec)).map(drop)
+        };
+        with("microvm", "persist", "2GiB", false).unwrap();
+        with("microvm", "persist", "", false).unwrap();
+        with("gvisor", "ephemeral", "", true).unwrap();
+        for (class, rootfs, size, read_only, field, word) in [
+            ("gvisor", "persist", "", false, "rootfs", "volume"),
+            ("", "persist", "", false, "rootfs", "microvm"),
+            ("microvm", "persist", "", true, "rootfs", "readOnlyRoot"),
+            ("microvm", "forever", "", false, "rootfs", "forever"),
+            ("microvm", "ephemeral", "1GiB", false, "rootfsSize", "persist"),
+            ("microvm", "persist", "much", false, "rootfsSize", "much"),
+        ] {
+            let error = with(class, rootfs, size, read_only).unwrap_err();
+            assert_eq!(error.field, format!("spec.containers[0].{field}"), "{error}");
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn system_call_filters() {
+        let with = |class: &str, default: &str, rules: &[(&[&str], &str, u32)]| {
+            let mut spec = good();
+            spec.sandbox_class = class.into();
+            let rule = |(names, action, errno): &(&[&str], &str, u32)| types::SeccompRule {
+                names: names.iter().map(ToString::to_string).collect(),
+                action: (*action).into(),
+                errno: *errno,
+            };
+            let seccomp =
+                types::Seccomp { default_action: default.into(), rules: rules.iter().map(rule).collect() };
+            spec.containers[0].security_context =
+                Some(types::SecurityContext { seccomp: Some(seccomp), ..Default::default() });
+            template_spec("spec", Some(&spec)).map(drop)
+        };
+        with("gvisor", "", &[(&["mkdir", "mkdirat"], "errno", 0), (&["ptrace"], "kill", 0)]).unwrap();
+        with("microvm", "errno", &[(&["read", "execve"], "allow", 0), (&["mount"], "errno", 38)]).unwrap();
+        with("microvm", "allow", &[]).unwrap();
+        for (class, default, rules, field) in [
+            ("microvm", "log", &[][..], "defaultAction"),
+            ("microvm", "kill", &[(&["read"][..], "errno", 0)][..], "rules"),
+            ("microvm", "", &[(&["read"], "trap", 0)], "rules[0].action"),
+            ("microvm", "", &[(&["teleport"], "errno", 0)], "rules[0].names"),
+            ("microvm", "", &[(&[], "errno", 0)], "rules[0].names"),
+            ("microvm", "", &[(&["read"], "errno", 0), (&["read"], "allow", 0)], "rules[1].names"),
+            ("microvm", "", &[(&["read"], "allow", 5)], "rules[0].errno"),
+            ("microvm", "", &[(&["read"], "errno", 4096)], "rules[0].errno"),
+            ("gvisor", "", &[(&["read"], "errno", 38)], "rules[0].errno"),
+        ] {
+            let error = with(class, default, rules).unwrap_err();
+            assert_eq!(error.field, format!("spec.containers[0].securityContext.seccomp.{field}"), "{error}");
+        }
     }
 
     #[test]

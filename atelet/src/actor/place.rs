@@ -26,7 +26,7 @@ use substrate_proto::types::{ActorSpec, Assignment, TemplateSpec, Volume};
 
 use super::quantity;
 use super::quota::{self, QuotaVolume};
-use super::resolve::Places;
+use super::resolve::{self, Places};
 use crate::durable;
 use crate::error::NodeError;
 use crate::snapshot::node::NodeSnapshot;
@@ -184,7 +184,8 @@ impl ActorPlaces {
         let (volumes, note) = (state.join("volumes"), state.join("volumes-at"));
         private_dir(state)?;
         let mut found = BTreeMap::new();
-        if template.volumes.is_empty() {
+        let layers: Vec<Volume> = template.containers.iter().filter_map(resolve::layer).collect();
+        if template.volumes.is_empty() && layers.is_empty() {
             return Ok(found);
         }
         private_dir(&volumes)?;
@@ -192,7 +193,9 @@ impl ActorPlaces {
         let at = std::fs::read_to_string(&note).unwrap_or_default();
         // From here on they are no snapshot's.
         durable::remove_file(&note)?;
-        for spec in &template.volumes {
+        // A layer is never without its memory or a snapshot: a reset starts from the image.
+        let volumes_of = template.volumes.iter().map(|spec| (spec, keep));
+        for (spec, keep) in volumes_of.chain(layers.iter().map(|spec| (spec, false))) {
             let plain = volumes.join(&spec.name);
             let limited = QuotaVolume::at(&volumes, &spec.name);
             let archive = snapshot.and_then(|snapshot| {
@@ -240,7 +243,9 @@ impl ActorPlaces {
     /// # Errors
     /// [`NodeError::Invalid`] for a size that is none.
     pub fn volume_bytes(template: &TemplateSpec) -> Result<u64, NodeError> {
-        let sizes = template.volumes.iter().map(|spec| volume_size(spec).map(reserved));
+        let layers = template.containers.iter().filter_map(resolve::layer);
+        let sizes =
+            template.volumes.iter().cloned().chain(layers).map(|spec| volume_size(&spec).map(reserved));
         let sizes: io::Result<Vec<u64>> = sizes.collect();
         Ok(sizes.map_err(|error| NodeError::invalid("volumes.size", error.to_string()))?.into_iter().sum())
     }
@@ -498,7 +503,7 @@ fn device(path: &Path) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use substrate_proto::types::File as ActorFile;
+    use substrate_proto::types::{Container, File as ActorFile};
 
     use super::*;
 
@@ -622,6 +627,35 @@ mod tests {
         assert_eq!(bundles(&state).unwrap(), [("u1".to_owned(), state.join("u1"))]);
         bed.places.purge("u1", "blue", "alice").unwrap();
         assert_eq!(std::fs::read_dir(bed.dir.path().join("state")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_root_on_a_disk_does_not_outlive_its_memory() {
+        let bed = Bed::new();
+        let container = Container { name: "main".into(), rootfs: "persist".into(), ..Container::default() };
+        let mut template = TemplateSpec {
+            sandbox_class: "microvm".into(),
+            containers: vec![container],
+            ..TemplateSpec::default()
+        };
+        let prepare = |template: &TemplateSpec| {
+            let none = BTreeMap::new();
+            bed.places.prepare(&assignment(), template, &ActorSpec::default(), &none, None, true).unwrap()
+        };
+        let layer = prepare(&template).volumes["root.main"].clone();
+        std::fs::write(layer.join("disk.ext4"), b"1").unwrap();
+        assert_eq!(
+            bed.places.volumes("u1").unwrap(),
+            [("root.main".to_owned(), layer.clone())],
+            "it is archived"
+        );
+        template.volumes = vec![Volume { name: "data".into(), size: String::new() }];
+        let data = prepare(&template).volumes["data"].clone();
+        std::fs::write(data.join("disk.ext4"), b"2").unwrap();
+        assert_eq!(prepare(&template).volumes["root.main"], layer);
+        assert!(!layer.join("disk.ext4").exists(), "a reset kept the root");
+        assert_eq!(ActorPlaces::volume_bytes(&template).unwrap(), 2 * reserved(1 << 30));
+        assert!(data.join("disk.ext4").exists(), "a reset lost the volume");
     }
 
     #[test]

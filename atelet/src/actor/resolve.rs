@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use substrate_proto::ateom::{EgressCidr, Mount, ResolvedContainer, SandboxSpec};
-use substrate_proto::types::{ActorSpec, Assignment, Container, EgressPolicy, TemplateSpec};
+use substrate_proto::types::{ActorSpec, Assignment, Container, EgressPolicy, TemplateSpec, Volume};
 
 use super::{capabilities, quantity};
 use crate::config::is_label;
@@ -222,7 +222,26 @@ fn resolve_container(
         mounts: mounts(at, container, template, image, places)?,
         readiness: container.readiness.clone(),
         log_path: places.logs.join(format!("{}.log", container.name)).display().to_string(),
+        layer: match layer(container) {
+            Some(Volume { name, .. }) => places
+                .volumes
+                .get(&name)
+                .ok_or_else(|| NodeError::invalid(field("rootfs"), "was not prepared"))?
+                .display()
+                .to_string(),
+            None => String::new(),
+        },
+        layer_bytes: quantity::bytes(&container.rootfs_size)
+            .map_err(|rule| NodeError::invalid(field("rootfsSize"), rule))?,
+        seccomp: security.and_then(|security| security.seccomp.clone()),
     })
+}
+
+/// The writable layer of a container as a volume, where it is to be kept on a disk. No volume of a template has such a
+/// name, which is no DNS label.
+pub fn layer(container: &Container) -> Option<Volume> {
+    let name = format!("root.{}", container.name);
+    (container.rootfs == "persist").then(|| Volume { name, size: container.rootfs_size.clone() })
 }
 
 fn arguments(container: &Container, image: &ImageFacts) -> Vec<String> {
@@ -383,7 +402,7 @@ fn inside(field: &str, path: &str) -> Result<String, NodeError> {
 
 #[cfg(test)]
 mod tests {
-    use substrate_proto::types::{EgressRule, File, Resources, SecurityContext, Volume, VolumeMount};
+    use substrate_proto::types::{EgressRule, File, Resources, Seccomp, SecurityContext, VolumeMount};
 
     use super::*;
 
@@ -422,7 +441,8 @@ mod tests {
         let images = template.containers.iter().map(|one| (one.name.clone(), image())).collect();
         let places = Places {
             identity: "/h/id".into(),
-            volumes: (template.volumes.iter())
+            volumes: (template.volumes.iter().cloned())
+                .chain(template.containers.iter().filter_map(layer))
                 .map(|volume| (volume.name.clone(), PathBuf::from("/h/volumes").join(&volume.name)))
                 .collect(),
             files: actor.files.iter().map(|file| (file.path.clone(), "/h/files/0".into())).collect(),
@@ -552,6 +572,27 @@ mod tests {
                 ("/h/files/0", "/etc/token", true, true)
             ]
         );
+    }
+
+    #[test]
+    fn a_root_on_a_disk_is_a_volume_of_its_own() {
+        let container = Container {
+            rootfs: "persist".into(),
+            rootfs_size: "3MiB".into(),
+            security_context: Some(SecurityContext {
+                seccomp: Some(Seccomp { default_action: "allow".into(), rules: Vec::new() }),
+                ..SecurityContext::default()
+            }),
+            ..Container::default()
+        };
+        let spec = resolve(&template(container), &ActorSpec::default()).unwrap();
+        let main = &spec.containers[0];
+        assert_eq!((main.layer.as_str(), main.layer_bytes), ("/h/volumes/root.main", 3 << 20));
+        assert_eq!(main.seccomp.as_ref().unwrap().default_action, "allow");
+        let spec = resolve(&template(Container::default()), &ActorSpec::default()).unwrap();
+        let main = &spec.containers[0];
+        assert!(main.layer.is_empty() && main.layer_bytes == 0 && main.seccomp.is_none());
+        assert!(!is_label("root.main"), "a volume may have the name of a layer");
     }
 
     #[test]

@@ -226,8 +226,8 @@ impl Node {
             let volumes = node.places.volumes(&uid)?;
             if !stop && !volumes.is_empty() {
                 return Err(NodeError::CheckpointRefused(
-                    "an actor with volumes cannot be checkpointed while it goes on: its volumes and its memory would \
-                     be of different moments; suspend or pause it, or take the volumes out of its template"
+                    "an actor with volumes or a root on a disk cannot be checkpointed while it goes on: they and its memory \
+                     would be of different moments; suspend or pause it, or take them out of its template"
                         .to_owned(),
                 ));
             }

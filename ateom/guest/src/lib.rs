@@ -251,6 +251,9 @@ pub struct Container {
     pub process: Process,
     /// No process may write to the root.
     pub read_only_root: bool,
+    /// Index in [`Boot::volumes`] of the disk with its writable layer; none: the layer is in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<usize>,
     /// What is mounted besides the defaults.
     pub mounts: Vec<Mount>,
 }
@@ -274,6 +277,10 @@ pub struct Process {
     pub capabilities: Vec<String>,
     /// execve(2) gives no privileges.
     pub no_new_privileges: bool,
+    /// Judges its system calls: classic BPF, `struct sock_filter`s as they are in memory (seccomp(2)); empty: nothing
+    /// does. An agent that does not know it runs a process unfiltered, in a container that is so too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "base64_bytes")]
+    pub seccomp: Vec<u8>,
 }
 
 /// A mount of a container.

@@ -29,6 +29,8 @@ pub const ARGUMENT: &str = "stage";
 pub const ERRORS: i32 = 3;
 /// Descriptor of the plan.
 pub const PLAN: i32 = 4;
+/// What CAP_SYS_ADMIN is in a set of capabilities (linux/capability.h).
+const SYS_ADMIN: u64 = 1 << 21;
 /// RLIMIT_NOFILE, as the gVisor class has it.
 const NOFILE: u64 = 65_536;
 /// As a shell says that a program was not found.
@@ -132,7 +134,9 @@ fn make_root(container: &Container) -> Result<(), Failure> {
         .map_err(|errno| ("make mounts private", errno))?;
     let lower = format!("{}/{}", boot::IMAGES, container.image);
     let place = PathBuf::from(boot::CONTAINERS).join(&container.name);
-    let (upper, work, root) = (place.join("upper"), place.join("work"), place.join("root"));
+    let layer = container.layer.map(|disk| PathBuf::from(format!("{}/{disk}", boot::VOLUMES)));
+    let layer = layer.as_ref().unwrap_or(&place);
+    let (upper, work, root) = (layer.join("upper"), layer.join("work"), place.join("root"));
     for dir in [&upper, &work, &root] {
         fs::create_dir_all(dir).map_err(|error| ("make the writable layer", error))?;
     }
@@ -372,7 +376,6 @@ fn become_program(process: &Process) -> Result<Never, Failure> {
     nix::unistd::setresgid(gid, gid, gid).map_err(|errno| ("set the group", errno))?;
     sys::keep_capabilities().map_err(|error| ("keep capabilities", error))?;
     nix::unistd::setresuid(uid, uid, uid).map_err(|errno| ("set the user", errno))?;
-    sys::set_capabilities(mask).map_err(|error| ("set capabilities", error))?;
     if process.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().map_err(|errno| ("set no_new_privs", errno))?;
     }
@@ -380,6 +383,15 @@ fn become_program(process: &Process) -> Result<Never, Failure> {
     let mut command = Command::new(program);
     command.args(arguments).env_clear();
     command.envs(process.env.iter().filter_map(|entry| entry.split_once('=')));
+    if process.seccomp.is_empty() {
+        sys::set_capabilities(mask).map_err(|error| ("set capabilities", error))?;
+    } else {
+        // A filter needs CAP_SYS_ADMIN (seccomp(2)), and comes last, so that only the program's own start has to pass it.
+        // execve(2) takes the capability away again: what root has afterwards is in the bounding set, and nobody else
+        // has anything.
+        sys::set_capabilities(mask | SYS_ADMIN).map_err(|error| ("set capabilities", error))?;
+        sys::filter_calls(&process.seccomp).map_err(|error| ("filter system calls", error))?;
+    }
     let error = command.exec();
     let code = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT) => NOT_FOUND,
@@ -399,6 +411,7 @@ mod tests {
         };
         assert_eq!(mask(&["CHOWN", "CAP_SETUID", "net_admin"]), Ok(1 | 1 << 7 | 1 << 12));
         assert_eq!(mask(&["CHECKPOINT_RESTORE"]), Ok(1 << 40));
+        assert_eq!(mask(&["SYS_ADMIN"]), Ok(SYS_ADMIN));
         assert!(mask(&["FLY"]).unwrap_err().contains("FLY"));
     }
 

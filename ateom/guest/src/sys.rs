@@ -150,6 +150,28 @@ pub fn keep_capabilities() -> io::Result<()> {
     check(libc::c_long::from(unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) })).map(drop)
 }
 
+/// Has a program of `struct sock_filter`s judge the system calls of the calling thread, and of what it becomes.
+pub fn filter_calls(program: &[u8]) -> io::Result<()> {
+    let wrong = |what| io::Error::new(io::ErrorKind::InvalidInput, what);
+    let (instructions, []) = program.as_chunks::<{ size_of::<libc::sock_filter>() }>() else {
+        return Err(wrong("no whole number of instructions"));
+    };
+    let mut instructions: Vec<libc::sock_filter> = instructions
+        .iter()
+        .map(|&[c0, c1, jt, jf, k0, k1, k2, k3]| libc::sock_filter {
+            code: u16::from_ne_bytes([c0, c1]),
+            jt,
+            jf,
+            k: u32::from_ne_bytes([k0, k1, k2, k3]),
+        })
+        .collect();
+    let len = u16::try_from(instructions.len()).map_err(|_| wrong("too many instructions"))?;
+    let program = libc::sock_fprog { len, filter: instructions.as_mut_ptr() };
+    // SAFETY: the program and its instructions live through the call, which only reads them.
+    check(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) })
+        .map(drop)
+}
+
 /// Has a command inherit descriptors under fixed numbers.
 pub fn inherit(command: &mut Command, fds: [(RawFd, RawFd); 2]) {
     // SAFETY: between fork and exec only the async-signal-safe dup2(2) and fcntl(2) are called.
@@ -179,4 +201,46 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
 pub fn accepted(fd: RawFd) -> std::fs::File {
     // SAFETY: accept4(2) made it for us and nobody else owns it.
     unsafe { std::fs::File::from_raw_fd(fd) }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    fn program(instructions: &[(u16, u8, u8, u32)]) -> Vec<u8> {
+        let bytes = |&(code, jt, jf, k): &(u16, u8, u8, u32)| {
+            [&code.to_ne_bytes()[..], &[jt, jf], &k.to_ne_bytes()[..]].concat()
+        };
+        instructions.iter().flat_map(bytes).collect()
+    }
+
+    #[test]
+    fn a_filter_judges_the_thread_that_asked_for_it() {
+        // The call's number; getpriority fails with EDOM, the rest passes.
+        let filter = program(&[
+            (0x20, 0, 0, 0),
+            (0x15, 0, 1, libc::SYS_getpriority as u32),
+            (0x06, 0, 0, 0x0005_0000 | libc::EDOM as u32),
+            (0x06, 0, 0, 0x7fff_0000),
+        ]);
+        // SAFETY: integer arguments.
+        let ask = || check(unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, 0) });
+        std::thread::spawn(move || {
+            nix::sys::prctl::set_no_new_privs().unwrap();
+            for (wrong, expected) in [(&filter[1..], libc::EINVAL), (&[][..], libc::EINVAL)] {
+                let error = filter_calls(wrong).unwrap_err();
+                let is_said =
+                    error.raw_os_error() == Some(expected) || error.kind() == io::ErrorKind::InvalidInput;
+                assert!(is_said, "{error}");
+            }
+            ask().unwrap();
+            filter_calls(&filter).unwrap();
+            assert_eq!(ask().unwrap_err().raw_os_error(), Some(Errno::EDOM as i32));
+        })
+        .join()
+        .unwrap();
+        ask().unwrap();
+    }
 }

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 use substrate_proto::ateom::{Mount, ResolvedContainer, SandboxSpec};
+use substrate_proto::types::{Seccomp, SeccompRule};
 
 use crate::container;
 use crate::error::SlotError;
 use crate::network::WORKER_V4;
 use crate::runtime::{RuntimeError, file_error};
+use crate::seccomp;
 
 /// Id of the root container. No id may be the prefix of another.
 pub const ROOT: &str = "root";
@@ -46,6 +48,12 @@ pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
         }
         if !Path::new(rootfs).is_dir() {
             return Err(format!("container {name}: rootfs {rootfs} is not a directory on this node"));
+        }
+        if !container.layer.is_empty() {
+            return Err(format!("container {name}: a writable layer on a disk is for microVMs"));
+        }
+        if let Some(seccomp) = &container.seccomp {
+            seccomp::check(seccomp).map_err(|problem| format!("container {name}: seccomp: {problem}"))?;
         }
         if container.mounts.iter().any(|mount| mount.kind == "image") {
             return Err(format!("container {name}: an image is mounted as a directory here, not as a disk"));
@@ -94,6 +102,10 @@ pub fn workload_spec(container: &ResolvedContainer, etc: &Path, network_namespac
     });
     mounts.extend(container.mounts.iter().map(mount));
     let cwd = if container.working_dir.is_empty() { "/" } else { &container.working_dir };
+    let mut linux = json!({"namespaces": namespaces(network_namespace)});
+    if let Some(seccomp) = &container.seccomp {
+        linux["seccomp"] = filter(seccomp);
+    }
     json!({
         "ociVersion": OCI_VERSION,
         "process": process(container, &container.args, &container.env, cwd, false),
@@ -105,7 +117,21 @@ pub fn workload_spec(container: &ResolvedContainer, etc: &Path, network_namespac
             "io.kubernetes.cri.container-name": container.name,
             "io.kubernetes.cri.sandbox-id": ROOT,
         },
-        "linux": {"namespaces": namespaces(network_namespace)},
+        "linux": linux,
+    })
+}
+
+/// A filter of system calls as the OCI has it. runsc applies it to execs too.
+fn filter(seccomp: &Seccomp) -> Value {
+    let action = |name: &str| match name {
+        "errno" => "SCMP_ACT_ERRNO",
+        "kill" => "SCMP_ACT_KILL",
+        _ => "SCMP_ACT_ALLOW",
+    };
+    let rule = |rule: &SeccompRule| json!({"names": rule.names, "action": action(&rule.action)});
+    json!({
+        "defaultAction": action(&seccomp.default_action),
+        "syscalls": seccomp.rules.iter().map(rule).collect::<Vec<_>>(),
     })
 }
 
@@ -301,6 +327,7 @@ mod tests {
             ("capabilities", changed(|c| c.capabilities.clear())),
             ("read-only root", changed(|c| c.read_only_root = true)),
             ("no new privileges", changed(|c| c.no_new_privileges = true)),
+            ("seccomp", changed(|c| c.seccomp = Some(Seccomp::default()))),
             (
                 "mount added",
                 changed(|c| {
@@ -355,6 +382,26 @@ mod tests {
         assert_eq!(at("/etc/resolv.conf"), ["/etc-of-ours/resolv.conf"]);
     }
 
+    fn forbids(name: &str) -> Seccomp {
+        let rule = SeccompRule { names: vec![name.into()], action: "errno".into(), errno: 0 };
+        Seccomp { default_action: String::new(), rules: vec![rule] }
+    }
+
+    #[test]
+    fn a_filter_is_written_as_the_oci_has_it_and_none_is_written_where_none_was_asked_for() {
+        let mut container = container();
+        let linux = |container: &ResolvedContainer| {
+            workload_spec(container, Path::new("/etc"), Path::new("/netns"))["linux"].clone()
+        };
+        assert!(linux(&container).get("seccomp").is_none());
+        container.seccomp = Some(forbids("mkdir"));
+        let expected = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"}],
+        });
+        assert_eq!(linux(&container)["seccomp"], expected);
+    }
+
     #[test]
     fn what_cannot_run_is_named() {
         validate(&spec(container())).unwrap();
@@ -369,6 +416,8 @@ mod tests {
         assert!(refused(|c| c.mounts[0].source = "/does/not/exist".into()).contains("/run/ate"));
         assert!(refused(|c| c.mounts[0].kind = "nfs".into()).contains("nfs"));
         assert!(refused(|c| c.mounts[0].kind = "image".into()).contains("as a directory"));
+        assert!(refused(|c| c.layer = "/tmp".into()).contains("microVMs"));
+        assert!(refused(|c| c.seccomp = Some(forbids("teleport"))).contains("teleport"));
         assert!(validate(&SandboxSpec::default()).is_err());
         let twins = SandboxSpec { containers: vec![container(), container()], ..SandboxSpec::default() };
         assert!(validate(&twins).unwrap_err().to_string().contains("two containers"));

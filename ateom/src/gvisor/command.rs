@@ -69,6 +69,8 @@ impl Runsc {
             "--network=sandbox".to_owned(),
             "--overlay2=root:memory".to_owned(),
             "--ignore-cgroups".to_owned(),
+            // Where a bundle has a profile; without it runsc would leave it out.
+            "--oci-seccomp".to_owned(),
             // Otherwise a restored guest waits for ever on connections whose peers never heard of it.
             "--allow-live-tcp-migration=false".to_owned(),
             format!("--gofer-network-namespace={}", self.gofer_namespace.display()),

@@ -19,6 +19,7 @@ use crate::container;
 use crate::error::SlotError;
 use crate::network::{ACTOR_V4, ACTOR_V6, V4_PREFIX, V6_PREFIX, WORKER_V4, WORKER_V6};
 use crate::runtime::{RuntimeError, file_error};
+use crate::seccomp;
 use crate::volume::DEFAULT_SIZE;
 
 /// Memory of an actor that names none, bytes.
@@ -102,6 +103,16 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
     let mut containers = Vec::new();
     for container in &spec.containers {
         let image = index_of(&mut roots, &container.rootfs.as_str());
+        let mut volume = |directory: &str, bytes: u64| {
+            let size = if bytes == 0 { DEFAULT_SIZE } else { bytes };
+            let directory = PathBuf::from(directory);
+            let known = volumes.iter().position(|volume| volume.directory == directory);
+            known.unwrap_or_else(|| {
+                volumes.push(Volume { directory, size });
+                volumes.len() - 1
+            })
+        };
+        let layer = (!container.layer.is_empty()).then(|| volume(&container.layer, container.layer_bytes));
         let mounts = container
             .mounts
             .iter()
@@ -112,13 +123,7 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
                     let image = index_of(&mut roots, &mount.source.as_str());
                     guest::Source::Image { image, path: mount.subpath.trim_matches('/').to_owned() }
                 } else if is_volume(mount) {
-                    let size = if mount.size_bytes == 0 { DEFAULT_SIZE } else { mount.size_bytes };
-                    let directory = PathBuf::from(&mount.source);
-                    let known = volumes.iter().position(|volume| volume.directory == directory);
-                    guest::Source::Volume(known.unwrap_or_else(|| {
-                        volumes.push(Volume { directory, size });
-                        volumes.len() - 1
-                    }))
+                    guest::Source::Volume(volume(&mount.source, mount.size_bytes))
                 } else {
                     let number = index_of(&mut deliveries, &PathBuf::from(&mount.source));
                     guest::Source::Delivery(number.to_string())
@@ -132,6 +137,7 @@ pub fn layout(spec: &SandboxSpec) -> Layout {
             image,
             process: process(container, container.args.clone()),
             read_only_root: container.read_only_root,
+            layer,
             mounts,
         });
     }
@@ -182,6 +188,9 @@ pub fn process(container: &ResolvedContainer, args: Vec<String>) -> guest::Proce
         groups: container.additional_gids.clone(),
         capabilities: container.capabilities.clone(),
         no_new_privileges: container.no_new_privileges,
+        // One that is wrong was refused before; whatever comes here all the same runs nothing.
+        seccomp: seccomp::program(container.seccomp.as_ref(), &container.capabilities)
+            .unwrap_or_else(|_| seccomp::REFUSE_ALL.to_vec()),
     }
 }
 
@@ -300,13 +309,21 @@ pub fn digest(spec: &SandboxSpec) -> String {
     let mut containers = layout.containers;
     for container in &mut containers {
         container.process.env.clear();
+        // What was asked for counts, not the program that comes of it.
+        container.process.seccomp.clear();
     }
+    let filters: Vec<_> =
+        spec.containers.iter().filter_map(|it| Some((&it.name, it.seccomp.as_ref()?))).collect();
     let disks: Vec<(String, bool)> =
         layout.machine.disks.iter().map(|disk| (disk.serial.clone(), disk.read_only)).collect();
     let sizes: Vec<u64> = layout.volumes.iter().map(|volume| volume.size).collect();
     let shape = (layout.machine.memory, layout.machine.processors, spec.pids);
     // Structures and tuples only: their fields have an order.
-    let text = serde_json::to_string(&(shape, disks, sizes, containers)).unwrap_or_default();
+    let mut text = serde_json::to_string(&(shape, disks, sizes, containers)).unwrap_or_default();
+    // Snapshots of earlier builds know none.
+    if !filters.is_empty() {
+        text += &serde_json::to_string(&filters).unwrap_or_default();
+    }
     hex::encode(Sha256::digest(text))
 }
 
@@ -316,6 +333,17 @@ pub fn digest(spec: &SandboxSpec) -> String {
 /// [`SlotError::Invalid`] naming container and field.
 pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
     container::validate(spec, |container| {
+        if let Some(filter) = &container.seccomp {
+            seccomp::check(filter)
+                .map_err(|problem| format!("container {}: seccomp: {problem}", container.name))?;
+        }
+        let layer = &container.layer;
+        if !layer.is_empty() && !Path::new(layer).is_dir() {
+            let name = &container.name;
+            return Err(format!(
+                "container {name}: {layer} for its writable layer is no directory on this node"
+            ));
+        }
         let images = container.mounts.iter().filter(|mount| mount.kind == IMAGE).map(|mount| &mount.source);
         for (what, file) in std::iter::once(("rootfs", &container.rootfs)).chain(images.map(|it| (IMAGE, it)))
         {
@@ -339,6 +367,8 @@ pub fn validate(spec: &SandboxSpec) -> Result<(), SlotError> {
 
 #[cfg(test)]
 mod tests {
+    use substrate_proto::types::{Seccomp, SeccompRule};
+
     use super::*;
 
     type Change = fn(&mut SandboxSpec);
@@ -429,6 +459,37 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_on_a_disk_is_one_more_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut main = container("main");
+        main.mounts = vec![mount(dir.path(), "/data", false)];
+        main.layer = "/tmp".into();
+        main.layer_bytes = 5 << 30;
+        let mut spec = SandboxSpec { containers: vec![main, container("side")], ..SandboxSpec::default() };
+        validate(&spec).unwrap();
+        let laid = layout(&spec);
+        let (layer, data) = (PathBuf::from("/tmp"), dir.path().to_owned());
+        let sizes: Vec<_> = laid.volumes.iter().map(|it| (it.directory.clone(), it.size)).collect();
+        assert_eq!(sizes, [(layer, 5 << 30), (data, DEFAULT_SIZE)]);
+        assert_eq!((laid.containers[0].layer, laid.containers[1].layer), (Some(0), None));
+        assert_eq!(laid.containers[0].mounts[0].source, guest::Source::Volume(1));
+        assert!(laid.machine.disks.iter().any(|disk| disk.path == Path::new("/tmp").join(VOLUME_DISK)));
+        spec.containers[0].layer = "/no/such/place".into();
+        assert!(validate(&spec).unwrap_err().to_string().contains("/no/such/place"));
+    }
+
+    #[test]
+    fn a_process_is_always_filtered() {
+        let mut main = container("main");
+        assert!(!process(&main, vec!["x".into()]).seccomp.is_empty());
+        let rule = SeccompRule { names: vec!["teleport".into()], action: "errno".into(), errno: 0 };
+        main.seccomp = Some(Seccomp { rules: vec![rule], ..Seccomp::default() });
+        assert_eq!(process(&main, vec!["x".into()]).seccomp, seccomp::REFUSE_ALL);
+        let spec = SandboxSpec { containers: vec![main], ..SandboxSpec::default() };
+        assert!(validate(&spec).unwrap_err().to_string().contains("teleport"));
+    }
+
+    #[test]
     fn the_digest_covers_what_memory_holds_and_nothing_else() {
         let of = |change: fn(&mut SandboxSpec)| {
             let mut spec = SandboxSpec { containers: vec![container("main")], ..SandboxSpec::default() };
@@ -438,13 +499,18 @@ mod tests {
         let same = of(|_| ());
         // As snapshots have it that exist: what a spec does not say must not change it.
         assert_eq!(same, "c10fe4ee9b0a2c9120cf0766e2befa2fd93a8878884118235b40937b15316996");
-        let different: [(&str, Change); 8] = [
+        let different: [(&str, Change); 10] = [
             ("memory", |s| s.memory_bytes = 64 << 20),
             ("pids", |s| s.pids = 9),
             ("args", |s| s.containers[0].args.push("-v".into())),
             ("user", |s| s.containers[0].uid = 0),
             ("capabilities", |s| s.containers[0].capabilities.push("CHOWN".into())),
             ("read-only root", |s| s.containers[0].read_only_root = true),
+            ("a layer on a disk", |s| s.containers[0].layer = "/tmp".into()),
+            ("seccomp", |s| {
+                let rule = SeccompRule { names: vec!["mount".into()], action: "errno".into(), errno: 0 };
+                s.containers[0].seccomp = Some(Seccomp { rules: vec![rule], ..Seccomp::default() });
+            }),
             ("name", |s| s.containers[0].name = "other".into()),
             ("a mount", |s| s.containers[0].mounts.push(mount(Path::new("/etc/hostname"), "/x", true))),
         ];

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What actors write: in volumes it is bounded and outside the memory snapshot; in a gVisor root it is memory, and said.
+//! What actors write: in volumes, and in roots on a disk, it is bounded and outside the memory snapshot; in a gVisor root
+//! it is memory, and said.
 //!
 //! `SUBSTRATE_VOLUME_MIB` sets how much is written (scripts/nightly: 1024; here 96).
 use std::path::{Path, PathBuf};
@@ -151,6 +152,95 @@ async fn a_microvm_volume_is_bounded_kept_and_outside_the_memory() -> Result<()>
     ensure!(kernel.join("vmlinuz").exists(), "no kernel for guests: run scripts/setup");
     let kernel = kernel.to_str().context("path")?;
     a_volume("microvm", &["--microvm-workers", "1", "--kernel", kernel]).await
+}
+
+/// What is written to a root on a disk goes where the actor goes, and ends with a reset.
+#[tokio::test]
+async fn a_microvm_root_on_a_disk_is_bounded_moves_and_is_outside_the_memory() -> Result<()> {
+    tokio::time::timeout(Duration::from_mins(10), a_root_on_a_disk())
+        .await
+        .context("not done in 10 minutes")?
+}
+
+async fn a_root_on_a_disk() -> Result<()> {
+    let kernel = workspace().join("target/tools/microvm");
+    ensure!(kernel.join("vmlinuz").exists(), "no kernel for guests: run scripts/setup");
+    let mut machine =
+        Machine::start(0, &["--microvm-workers", "2", "--kernel", kernel.to_str().context("path")?]).await?;
+    machine.allow(Duration::from_mins(8));
+    let (wanted, size) = (mebibytes(), mebibytes() + 32);
+    let persist = |spec: &mut types::TemplateSpec| spec.containers[0].rootfs = "persist".into();
+    let refused = machine.counter("none", persist).await.expect_err("gVisor has no root on a disk");
+    ensure!(format!("{refused:#}").contains("mount a volume"), "{refused:#}");
+    let made = machine
+        .counter("root", |spec| {
+            persist(spec);
+            spec.sandbox_class = "microvm".into();
+            spec.resources = Some(types::Resources { memory: "256MiB".into(), ..Default::default() });
+            let main = &mut spec.containers[0];
+            main.rootfs_size = format!("{size}MiB");
+            main.security_context = Some(types::SecurityContext { run_as: "0".into(), ..Default::default() });
+        })
+        .await?;
+    let (_, nonce) = machine.count("root").await?;
+    shell(
+        &machine,
+        "root",
+        "head -c 65536 /dev/urandom > /var/big && sync && sha256sum < /var/big && rm /var/big && sync",
+    )?;
+    machine.suspend("root").await?;
+    let (before, empty) = snapshot_bytes(&machine, &made.uid)?;
+    machine.resume("root").await?;
+    let write = format!("head -c {} /dev/urandom > /var/big && rm /usr/bin/factor && sync", wanted << 20);
+    shell(&machine, "root", &write)?;
+    let sum = shell(&machine, "root", "sha256sum < /var/big")?;
+    page_cache_is_given_back(&machine, wanted << 20).await?;
+    machine.suspend("root").await?;
+    let (after, full) = snapshot_bytes(&machine, &made.uid)?;
+    eprintln!("state {before} -> {after} bytes, root {empty} -> {full} bytes on disk");
+    ensure!(full >= wanted << 20, "the root is not in the snapshot: {full} bytes");
+    let grown = after.saturating_sub(before);
+    ensure!(grown <= (24 << 20).max(before / 10), "the state grew by {grown} bytes of {wanted} MiB written");
+
+    // Where nothing of the actor is but its snapshot, it and a fork of it run at once, each with a root of its own.
+    let of_actor = machine.dir.join("node/actors").join(&made.uid);
+    std::fs::remove_dir_all(of_actor.join("volumes"))?;
+    let fork = ateapi::ForkActorRequest {
+        actor: Some(actor("root")),
+        new_name: "fork".into(),
+        ..Default::default()
+    };
+    machine.api.fork_actor(fork).await?;
+    for name in ["root", "fork"] {
+        ensure!(machine.count(name).await?.1 == nonce, "{name} was booted afresh");
+        ensure!(shell(&machine, name, "sha256sum < /var/big")? == sum, "{name}'s root changed");
+        ensure!(
+            shell(&machine, name, "test ! -e /usr/bin/factor").is_ok(),
+            "a deleted file is back in {name}"
+        );
+    }
+    let on = [machine.get("root").await?.worker_id, machine.get("fork").await?.worker_id];
+    ensure!(on[0] != on[1], "both on {on:?}");
+    shell(&machine, "fork", "echo x > /var/of-fork && sync")?;
+    ensure!(shell(&machine, "root", "test ! -e /var/of-fork").is_ok(), "a fork wrote to its origin's root");
+
+    let over = format!("head -c {} /dev/urandom > /var/more", size << 20);
+    let refused = shell(&machine, "fork", &over).expect_err("the root outgrew its size").to_string();
+    ensure!(refused.to_lowercase().contains("no space"), "{refused}");
+    shell(&machine, "fork", "rm /var/more && sync")?;
+    let refused = machine.cli(&["checkpoint", "fork"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(!refused.status.success() && said.contains("root on a disk"), "{said}");
+
+    // A reset starts from the image.
+    machine.suspend("root").await?;
+    let request = ateapi::ResetActorRequest { actor: Some(actor("root")), ..Default::default() };
+    machine.api.reset_actor(request).await?;
+    ensure!(machine.count("root").await?.1 != nonce, "reset did not boot afresh");
+    shell(&machine, "root", "test ! -e /var/big && test -x /usr/bin/factor")
+        .context("reset kept the root")?;
+    ensure!(shell(&machine, "fork", "cat /var/of-fork")? == "x", "a reset reached the fork");
+    machine.stop()
 }
 
 #[tokio::test]
