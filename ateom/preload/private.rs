@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Preloaded into a QEMU that restores: it maps the snapshot's memory file privately where QEMU asks for it shared.
+//! Preloaded into a QEMU. **Restored**, it maps the snapshot's memory file privately where QEMU asks for it shared.
 //!
 //! QEMU leaves the memory out of its stream only where it takes it for shared, and a shared mapping would write to the
 //! snapshot. With this, it keeps its belief and the snapshot stays as it is: pages come from the file as they are
 //! touched (one page cache for all clones), those that are written become the process's own. The descriptor that QEMU
 //! keeps is made read-only, and holes that it wants to punch there (free page reporting) are not: it drops its own
 //! copies of the pages itself (madvise).
+//!
+//! **Booted**, it maps its memory file shared, and has the kernel note what is written to it (userfaultfd(2),
+//! asynchronous write protection, Linux 6.7), so that a snapshot can be copied while it runs. The descriptor that this
+//! hangs on stays open as long as the process lives. A kernel that cannot does without.
 //!
 //! No runtime, no allocation, nothing but system calls: it lives in somebody else's process.
 #![no_std]
@@ -20,12 +24,22 @@ unsafe extern "C" {
 }
 
 /// "DEVICE:INODE" of the file, decimal.
-const FILE: &CStr = c"ATEOM_PRIVATE_MEMORY";
+const PRIVATE: &CStr = c"ATEOM_PRIVATE_MEMORY";
+/// Likewise.
+const TRACKED: &CStr = c"ATEOM_TRACKED_MEMORY";
 const MAP_SHARED: c_int = 1;
 const MAP_PRIVATE: c_int = 2;
 const MAP_NORESERVE: c_int = 0x4000;
 const O_CLOEXEC: c_int = 0o2_000_000;
 const AT_FDCWD: c_int = -100;
+/// linux/userfaultfd.h
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_API: c_long = 0xc018_aa3f;
+const UFFDIO_REGISTER: c_long = 0xc020_aa00;
+/// UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED, UFFD_FEATURE_WP_ASYNC.
+const FEATURES: u64 = 1 << 12 | 1 << 13 | 1 << 15;
+/// UFFDIO_REGISTER_MODE_WP
+const WRITES: u64 = 1 << 1;
 
 /// Numbers of system calls.
 #[cfg(target_arch = "x86_64")]
@@ -37,6 +51,8 @@ mod call {
     pub const DUP3: c_long = 292;
     pub const FALLOCATE: c_long = 285;
     pub const CLOSE: c_long = 3;
+    pub const IOCTL: c_long = 16;
+    pub const USERFAULTFD: c_long = 323;
 }
 /// Numbers of system calls.
 #[cfg(target_arch = "aarch64")]
@@ -48,6 +64,8 @@ mod call {
     pub const DUP3: c_long = 24;
     pub const FALLOCATE: c_long = 47;
     pub const CLOSE: c_long = 57;
+    pub const IOCTL: c_long = 29;
+    pub const USERFAULTFD: c_long = 282;
 }
 
 #[panic_handler]
@@ -68,11 +86,11 @@ fn number(mut text: *const c_char) -> (u64, *const c_char) {
     (value, text)
 }
 
-/// Whether a descriptor is of the file.
-fn is_ours(fd: c_int) -> bool {
+/// Whether a descriptor is of the file that a variable names.
+fn is(name: &CStr, fd: c_int) -> bool {
     // SAFETY: getenv(3) gives a string or nothing; the kernel fills at most its `struct stat`, which is shorter.
     unsafe {
-        let wanted = getenv(FILE.as_ptr());
+        let wanted = getenv(name.as_ptr());
         if fd < 0 || wanted.is_null() {
             return false;
         }
@@ -120,6 +138,25 @@ fn make_read_only(fd: c_int) -> bool {
     }
 }
 
+/// Has the kernel note what is written to a stretch of memory; it may not be able to.
+fn track(address: u64, length: usize) {
+    let mut api = [UFFD_API, FEATURES, 0];
+    let mut range = [address, length as u64, WRITES, 0];
+    // SAFETY: both have the layout of linux/userfaultfd.h and live through the calls, which write into them at most; the
+    // descriptor is ours to close.
+    unsafe {
+        let fd = syscall(call::USERFAULTFD, c_long::from(O_CLOEXEC));
+        if fd < 0 {
+            return;
+        }
+        if syscall(call::IOCTL, fd, UFFDIO_API, &raw mut api) != 0
+            || syscall(call::IOCTL, fd, UFFDIO_REGISTER, &raw mut range) != 0
+        {
+            syscall(call::CLOSE, fd);
+        }
+    }
+}
+
 /// mmap(2) of a program with 64-bit offsets.
 ///
 /// # Safety
@@ -134,14 +171,15 @@ pub unsafe extern "C" fn mmap64(
     offset: i64,
 ) -> *mut c_void {
     let mut flags = flags;
-    if flags & (MAP_SHARED | MAP_PRIVATE) == MAP_SHARED && is_ours(fd) {
+    let shared = flags & (MAP_SHARED | MAP_PRIVATE) == MAP_SHARED;
+    if shared && is(PRIVATE, fd) {
         if !make_read_only(fd) {
             return usize::MAX as *mut c_void;
         }
         flags = flags & !MAP_SHARED | MAP_PRIVATE | MAP_NORESERVE;
     }
     // SAFETY: the caller's promise; syscall(2) sets errno as mmap(2) does.
-    unsafe {
+    let mapped = unsafe {
         syscall(
             call::MMAP,
             address,
@@ -150,8 +188,12 @@ pub unsafe extern "C" fn mmap64(
             c_long::from(flags),
             c_long::from(fd),
             offset,
-        ) as *mut c_void
+        )
+    };
+    if mapped != -1 && shared && is(TRACKED, fd) {
+        track(mapped as u64, length);
     }
+    mapped as *mut c_void
 }
 
 /// fallocate(2) of a program with 64-bit offsets.
@@ -160,7 +202,7 @@ pub unsafe extern "C" fn mmap64(
 /// As fallocate(2).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fallocate64(fd: c_int, mode: c_int, offset: i64, length: i64) -> c_int {
-    if is_ours(fd) {
+    if is(PRIVATE, fd) {
         return 0;
     }
     // SAFETY: integers only.

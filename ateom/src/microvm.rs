@@ -6,7 +6,7 @@
 //! boot       memory, disks ─▶ VMM ─▶ agent: hello ─▶ boot (clock, entropy, containers) ─▶ link up
 //! restore    VMM started on the snapshot's memory ─▶ devices ─▶ processors go on, the workload stands still
 //!            ─▶ resume (clock, entropy, identity; then the workload) ─▶ link up
-//! checkpoint workload stands still ─▶ processors stop ─▶ devices, written memory [─▶ all goes on] ─▶ the rest, fsync
+//! checkpoint [memory copied ahead ─▶] workload stands still ─▶ processors stop ─▶ devices, written memory [─▶ all goes on] ─▶ the rest, fsync
 //! ```
 //! The slot does the rest as for gVisor: names, leases (its freezer stops the VMM's process), gate, egress, readiness.
 //! The link (a tap) lies in the worker's namespace and comes up last, so nothing passes before clock, entropy and
@@ -632,6 +632,10 @@ impl Sandbox for MicrovmSandbox {
             let why =
                 format!("{name} cannot let a machine go on after a snapshot; suspend or pause the actor");
             return Err(RuntimeError::CheckpointRefused(why));
+        }
+        if keep_running {
+            let copied = running.vm.copy_ahead(directory, steps).await;
+            copied.map_err(|error| RuntimeError::CheckpointRefused(error.to_string()))?;
         }
         if let Err(error) = steps.time("quiesce", running.with_agent(agent.quiesce(TURN_LIMIT))).await {
             return Err(self.go_on(running, error).await);

@@ -18,6 +18,70 @@ mod ioctl {
     // linux/if_tun.h
     nix::ioctl_write_ptr_bad!(tunsetiff, 0x4004_54ca, libc::ifreq);
     nix::ioctl_write_int_bad!(tunsetpersist, 0x4004_54cb);
+    // linux/fs.h
+    nix::ioctl_readwrite_bad!(pagemap_scan, 0xc060_6610, super::Scan);
+}
+
+/// `struct page_region`: addresses, and what is the case.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Region {
+    pub start: u64,
+    pub end: u64,
+    categories: u64,
+}
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    regions: u64,
+    regions_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// Which pages of a process were written since they were last asked for, which they are from now on again
+/// (PAGEMAP_SCAN, Documentation/admin-guide/mm/pagemap.rst). `pagemap` is the process's; all of `start..end` has to be
+/// under asynchronous write protection (userfaultfd(2)). Returns how many regions were filled and up to where was looked.
+///
+/// # Errors
+/// EPERM where it is not so protected; ENOTTY before Linux 6.7.
+pub(crate) fn written(
+    pagemap: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    regions: &mut [Region],
+) -> io::Result<(usize, u64)> {
+    const PAGE_IS_WRITTEN: u64 = 1 << 1;
+    // PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC
+    const PROTECT_AGAIN: u64 = 0b11;
+    let mut scan = Scan {
+        size: size_of::<Scan>() as u64,
+        flags: PROTECT_AGAIN,
+        start,
+        end,
+        walk_end: 0,
+        regions: regions.as_mut_ptr() as u64,
+        regions_len: regions.len() as u64,
+        max_pages: 0,
+        category_inverted: 0,
+        category_mask: PAGE_IS_WRITTEN,
+        category_anyof_mask: 0,
+        return_mask: PAGE_IS_WRITTEN,
+    };
+    // SAFETY: both structures have the layout of linux/fs.h; `scan` and the regions, of which it has the number, live
+    // through the call, which fills them.
+    let filled = unsafe { ioctl::pagemap_scan(pagemap.as_raw_fd(), &raw mut scan) }?;
+    Ok((filled as usize, scan.walk_end))
 }
 
 /// A descriptor that becomes readable when the process ends (pidfd_open(2)).

@@ -7,17 +7,25 @@
 //! (Documentation/admin-guide/mm/pagemap.rst: bits 61 to 63), and process_vm_readv(2) reads it. So what a machine has
 //! written since it was restored is known at the moment it stands still, and is all that has to be copied before it
 //! goes on ([`Private::copy_dirty`]); the other pages are those of the file, which nobody changes ([`Rest`]).
+//!
+//! **Shared memory** of a machine that was booted changes under a copy. Where the kernel tells which pages were written
+//! since they were last asked for (PAGEMAP_SCAN, Linux 6.7), almost all is copied before it stands still, and then only
+//! what it has written meanwhile ([`Ahead`]).
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::mount::{MsFlags, mount};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::{Pid, Whence, lseek64};
+
+use crate::sys::{self, Region};
 
 /// Bytes of a piece that one thread copies at a time.
 const PIECE: u64 = 1 << 20;
@@ -167,8 +175,8 @@ struct Stretch {
     length: u64,
 }
 
-/// The private mappings of a file in `/proc/PID/maps`.
-fn stretches(maps: &str, inode: u64) -> io::Result<Vec<Stretch>> {
+/// The mappings of a file in `/proc/PID/maps`, which are to be private, or shared.
+fn stretches(maps: &str, inode: u64, shared: bool) -> io::Result<Vec<Stretch>> {
     let mut found = Vec::new();
     for line in maps.lines() {
         let mut words = line.split_ascii_whitespace();
@@ -180,8 +188,10 @@ fn stretches(maps: &str, inode: u64) -> io::Result<Vec<Stretch>> {
         if own.parse() != Ok(inode) {
             continue;
         }
-        if !access.ends_with('p') {
-            return Err(io::Error::other("it maps the file shared, and would write to it"));
+        match (access.ends_with('s'), shared) {
+            (true, false) => return Err(io::Error::other("it maps the file shared, and would write to it")),
+            (false, true) => return Err(io::Error::other("it maps the file privately")),
+            _ => {}
         }
         let hex = |text: &str| u64::from_str_radix(text, 16).map_err(io::Error::other);
         let (start, end) = range.split_once('-').ok_or(io::ErrorKind::InvalidData)?;
@@ -213,7 +223,7 @@ impl Private {
     pub fn find(pid: i32, base: File, size: u64) -> io::Result<Self> {
         use std::os::unix::fs::MetadataExt as _;
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
-        let stretches = stretches(&maps, base.metadata()?.ino())?;
+        let stretches = stretches(&maps, base.metadata()?.ino(), false)?;
         let mapped: u64 = stretches.iter().map(|stretch| stretch.length).sum();
         if mapped != size {
             return Err(io::Error::other(format!("it maps {mapped} of {size} bytes")));
@@ -353,6 +363,104 @@ fn write_data(to: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
         at += data;
     }
     Ok(())
+}
+
+/// A copy of a file that a process maps shared and writes to, which comes to be complete when the process stands still.
+#[derive(Debug)]
+pub struct Ahead {
+    pagemap: File,
+    stretches: Vec<Stretch>,
+    from: File,
+    to: File,
+    size: u64,
+}
+
+impl Ahead {
+    /// Copies all of a file of `size` bytes, then what was written to it meanwhile.
+    ///
+    /// # Errors
+    /// As [`sys::written`], where it cannot be told what is written; a read or write that failed.
+    pub fn begin(pid: i32, from: File, to: File, size: u64) -> io::Result<Self> {
+        use std::os::unix::fs::MetadataExt as _;
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let stretches = stretches(&maps, from.metadata()?.ino(), true)?;
+        let mapped: u64 = stretches.iter().map(|stretch| stretch.length).sum();
+        if mapped != size {
+            return Err(io::Error::other(format!("it maps {mapped} of {size} bytes")));
+        }
+        let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+        let copy = Self { pagemap, stretches, from, to, size };
+        // From here on what is written is noted; what was before does not count.
+        copy.written()?;
+        copy_sparse(&copy.from, &copy.to, size, None, threads())?;
+        copy.catch_up()?;
+        Ok(copy)
+    }
+
+    /// Copies what was written since; the process stands still. Returns how many bytes that were.
+    ///
+    /// # Errors
+    /// A read or write that failed.
+    pub fn finish(self) -> io::Result<u64> {
+        let bytes = self.catch_up()?;
+        // What was given back reads as zeros now and may be taken for them, but giving back is not writing.
+        let mut at = 0;
+        while at < self.size {
+            let seek = |file, from: u64, whence| match lseek64(file, from as i64, whence) {
+                Err(Errno::ENXIO) => Ok(self.size),
+                other => other.map(|found| found as u64),
+            };
+            let hole = seek(&self.from, at, Whence::SeekHole)?;
+            let end = seek(&self.from, hole, Whence::SeekData)?;
+            if hole < end && seek(&self.to, hole, Whence::SeekData)? < end {
+                let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                fallocate(&self.to, punch, hole as i64, (end - hole) as i64)?;
+            }
+            at = end;
+        }
+        Ok(bytes)
+    }
+
+    /// Offset and length in the file of what was written since this was last asked.
+    fn written(&self) -> io::Result<Vec<(u64, u64)>> {
+        let mut found = Vec::new();
+        let mut regions = vec![Region::default(); 1024];
+        for stretch in &self.stretches {
+            let (mut at, end) = (stretch.address, stretch.address + stretch.length);
+            while at < end {
+                let (filled, reached) = sys::written(self.pagemap.as_fd(), at, end, &mut regions)?;
+                let offset = |address: u64| address - stretch.address + stretch.offset;
+                found.extend(regions[..filled].iter().map(|one| (offset(one.start), one.end - one.start)));
+                if reached <= at {
+                    return Err(io::Error::other("the kernel does not look further"));
+                }
+                at = reached;
+            }
+        }
+        Ok(found)
+    }
+
+    fn catch_up(&self) -> io::Result<u64> {
+        let written = self.written()?;
+        let pieces: Vec<(u64, u64)> = (written.iter())
+            .flat_map(|&(offset, length)| {
+                let end = offset + length;
+                (offset..end).step_by(PIECE as usize).map(move |at| (at, PIECE.min(end - at)))
+            })
+            .collect();
+        let next = AtomicUsize::new(0);
+        on_threads(threads(), &|| {
+            let mut buffer = vec![0; PIECE as usize];
+            while let Some((offset, length)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let bytes = &mut buffer[..*length as usize];
+                self.from.read_exact_at(bytes, *offset)?;
+                // Zeros too: there may be something else in the copy.
+                self.to.write_all_at(bytes, *offset)?;
+            }
+            Ok(())
+        })?;
+        Ok(pieces.iter().map(|(_, length)| length).sum())
+    }
 }
 
 /// What is still to be copied into a snapshot's memory: what is held, and the rest of a file that nobody changes
@@ -500,11 +608,13 @@ mod tests {
         let maps = "7f0000000000-7f0000200000 rw-p 00000000 fe:00 42 /s/memory\n\
                     7f0000200000-7f0000201000 rw-p 00000000 00:00 0\n\
                     7f0000300000-7f0000400000 rw-p 00200000 fe:00 42 /s/memory (deleted)\n";
-        let found = stretches(maps, 42).unwrap();
+        let found = stretches(maps, 42, false).unwrap();
         assert_eq!(found.len(), 2);
         assert_eq!(found[1], Stretch { address: 0x7f00_0030_0000, offset: 0x20_0000, length: 0x10_0000 });
         let shared = maps.replace("rw-p 00200000", "rw-s 00200000");
-        assert!(stretches(&shared, 42).unwrap_err().to_string().contains("shared"));
+        assert!(stretches(&shared, 42, false).unwrap_err().to_string().contains("shared"));
+        assert!(stretches(&shared, 42, true).unwrap_err().to_string().contains("privately"));
+        assert_eq!(stretches(&maps.replace("rw-p", "rw-s"), 42, true).unwrap(), found);
         assert!(is_own(1 << 63) && is_own(1 << 62) && !is_own(1 << 63 | 1 << 61) && !is_own(0));
     }
 }

@@ -10,7 +10,9 @@
 //! costs milliseconds at any size. A machine that is restored maps the snapshot's own file privately: it copies nothing,
 //! and clones share the page cache. QEMU would then put all its memory into the stream of the next snapshot, so it is
 //! made to believe that the mapping is shared ([`PRELOAD`], `preload/private.rs`); that it is not is looked at before a
-//! guest instruction runs. What it has written is found as `memory` says.
+//! guest instruction runs. What it has written is found as `memory` says. The same library has the kernel note what a
+//! machine that was booted writes (userfaultfd(2), where it can), so that most of its memory is copied before it stands
+//! still.
 //!
 //! **KVM** where it is proven ([`super::accelerator`]), TCG everywhere else. The flags were measured under the latter: no
 //! VM ports, SMBus, SATA, USB; a small translation cache; a named processor with a fixed set of features; the HPET as
@@ -34,7 +36,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::accelerator::Accelerator;
 use super::jail;
-use super::memory::{self, Private, Rest};
+use super::memory::{self, Ahead, Private, Rest};
 use super::process::{self, Place, Process, Program};
 use super::qmp::{Qmp, QmpError};
 use super::spec::Machine;
@@ -54,8 +56,10 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const DEVICE_LIMIT: Duration = Duration::from_mins(1);
 /// What is preloaded into a QEMU that restores; see build.rs.
 pub const PRELOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/private.so"));
-/// By which it finds the memory file.
+/// By which it finds the memory file of a machine that is restored.
 const PRIVATE: &str = "ATEOM_PRIVATE_MEMORY";
+/// By which it finds that of a machine that is booted.
+const TRACKED: &str = "ATEOM_TRACKED_MEMORY";
 /// Devices that every machine has beside its disks, as the guest sees them.
 const DEVICE_LIST: &str = "virtio-serial-pci virtserialport virtio-balloon-pci virtio-net-pci";
 /// Bytes that the guest has written and that are held in our memory while it stands still and is to go on soon; what is
@@ -216,12 +220,15 @@ impl Qemu {
         let memory = saved.as_ref().map_or(live.as_path(), |(path, _)| path);
         let (qmp, agent) = (listen(&home.directory, "qmp.sock")?, listen(&home.directory, "agent.sock")?);
         let args = self.arguments(&home, machine, memory, saved.is_some());
-        let mut environment = Vec::new();
-        if let Some((path, file)) = &saved {
-            let meta = file.metadata().map_err(file_error("look at", path))?;
-            environment.push(("LD_PRELOAD", self.preload.display().to_string()));
-            environment.push((PRIVATE, format!("{}:{}", meta.dev(), meta.ino())));
-        }
+        let (name, meta) = match &saved {
+            Some((_, file)) => (PRIVATE, file.metadata()),
+            None => (TRACKED, std::fs::metadata(&live)),
+        };
+        let meta = meta.map_err(file_error("look at", memory))?;
+        let environment = [
+            ("LD_PRELOAD", self.preload.display().to_string()),
+            (name, format!("{}:{}", meta.dev(), meta.ino())),
+        ];
         let writable = machine.disks.iter().filter(|disk| !disk.read_only);
         let files: Vec<(bool, PathBuf)> =
             writable.flat_map(|disk| FILE_MODES.map(|write| (write, disk.path.clone()))).collect();
@@ -263,7 +270,7 @@ impl Qemu {
             why = process.end() => return Err(RuntimeError::Failed(format!("QEMU did not start: {why}"))),
         };
         let memory = match saved {
-            None => Memory::Live(live),
+            None => Memory::Live(live, pid),
             Some((path, file)) => {
                 let found = pid
                     .ok_or_else(|| io::Error::other("its process is not known"))
@@ -283,6 +290,7 @@ impl Qemu {
             process,
             memory,
             size: machine.memory,
+            ahead: Mutex::new(None),
         })
     }
 }
@@ -365,8 +373,8 @@ impl Vmm for Qemu {
 /// Where a machine's memory is.
 #[derive(Debug)]
 enum Memory {
-    /// In a file of its own.
-    Live(PathBuf),
+    /// In a file of its own, which the process with this pid writes to.
+    Live(PathBuf, Option<i32>),
     /// In a snapshot's file, but for what it has written.
     Private(Private),
 }
@@ -379,6 +387,8 @@ struct QemuVm {
     process: Process,
     memory: Memory,
     size: u64,
+    /// What was copied for the next snapshot, into this file.
+    ahead: Mutex<Option<(PathBuf, Ahead)>>,
 }
 
 impl QemuVm {
@@ -454,6 +464,26 @@ impl Vm for QemuVm {
         })
     }
 
+    async fn copy_ahead(&self, directory: &Path, steps: &Steps) -> Result<(), RuntimeError> {
+        let Memory::Live(path, Some(pid)) = &self.memory else { return Ok(()) };
+        let to = directory.join(MEMORY);
+        let live = File::open(path).map_err(file_error("open", path))?;
+        let saved = memory::create(&to, self.size).map_err(file_error("create", &to))?;
+        let (pid, size) = (*pid, self.size);
+        let begun = steps.time("ahead", blocking(move || Ahead::begin(pid, live, saved, size))).await;
+        let begun = match begun {
+            Ok(ahead) => Some((to, ahead)),
+            Err(error) => {
+                // All of it then is copied while the machine stands still.
+                tracing::debug!(%error, "cannot copy memory ahead");
+                std::fs::remove_file(&to).map_err(file_error("remove", &to))?;
+                None
+            }
+        };
+        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = begun;
+        Ok(())
+    }
+
     async fn snapshot(
         &self,
         directory: &Path,
@@ -467,10 +497,20 @@ impl Vm for QemuVm {
         self.save(devices.into()).await?;
         steps.add("devices", before);
         let to = directory.join(MEMORY);
-        let saved = memory::create(&to, self.size).map_err(file_error("create", &to))?;
         let size = self.size;
-        let rest = match &self.memory {
-            Memory::Live(path) => {
+        let ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let saved = match &ahead {
+            Some((path, _)) if *path == to => None,
+            _ => Some(memory::create(&to, size).map_err(file_error("create", &to))?),
+        };
+        let rest = match (saved, ahead, &self.memory) {
+            (None, ahead, _) => {
+                let finish = blocking(move || ahead.map_or(Ok(0), |(_, ahead)| ahead.finish()));
+                let bytes = steps.time("memory", finish).await.map_err(file_error("copy memory to", &to))?;
+                tracing::debug!(bytes, "copied what the guest has written meanwhile");
+                None
+            }
+            (Some(saved), _, Memory::Live(path, _)) => {
                 let live = File::open(path).map_err(file_error("open", path))?;
                 let rest = Rest::of(live, saved, size);
                 if keep_running {
@@ -482,7 +522,7 @@ impl Vm for QemuVm {
                     Some(rest)
                 }
             }
-            Memory::Private(private) => {
+            (Some(saved), _, Memory::Private(private)) => {
                 let private = private.clone();
                 let room = if keep_running { HELD } else { 0 };
                 let copy = blocking(move || {

@@ -118,6 +118,12 @@ pub trait Vm: std::fmt::Debug + Send + Sync + 'static {
     /// Lets them go on.
     async fn resume(&self) -> Result<(), RuntimeError>;
 
+    /// Copies what can be copied of a running machine's memory before it stands still for a snapshot into this directory,
+    /// after which it will go on.
+    async fn copy_ahead(&self, _directory: &Path, _steps: &Steps) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
     /// Saves a machine that stands still into an empty directory. Not fsynced. What can wait until it goes on, or is
     /// dead, is in the answer; with `keep_running` it will go on before that is copied.
     async fn snapshot(
