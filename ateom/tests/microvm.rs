@@ -274,3 +274,76 @@ async fn copied_ahead() {
     worker.terminate(&who).await.unwrap();
     worker.shutdown().await;
 }
+
+/// The distribution's QEMU, unless a file beside it says that it dies or hangs where a machine is to start.
+fn moody(dir: &Path) -> (PathBuf, PathBuf) {
+    let (path, mood) = (dir.join("qemu"), dir.join("mood"));
+    std::fs::write(&mood, "well\n").unwrap();
+    let script = format!(
+        "#!/bin/sh\nread -r mood < {}\ncase \"$mood$1\" in\n\
+         dies-nodefaults) echo 'no machine today' >&2; exit 3 ;;\n\
+         hangs-nodefaults) exec /bin/sleep 1000 ;;\nesac\nexec {} \"$@\"\n",
+        mood.display(),
+        common::qemu().display()
+    );
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    (path, mood)
+}
+
+/// A monitor that says the right things when it is asked for its version, and then dies or hangs.
+async fn starts_badly() {
+    let dir = tempfile::tempdir().unwrap();
+    let (qemu, mood) = moody(dir.path());
+    let mut worker = Worker::start_microvm_on("vm-m", qemu).await;
+    for (generation, how, said) in [(1, "dies", "no machine today"), (2, "hangs", "did not end within 30 s")]
+    {
+        worker.wait_prepared().await;
+        std::fs::write(&mood, how).unwrap();
+        let who = worker.assignment("alice", generation);
+        let spec = worker.guest();
+        let refused = worker.run(&who, spec).await.unwrap_err();
+        assert!(refused.message().contains("QEMU") && refused.message().contains(said), "{how}: {refused}");
+        worker.wait_phase(Phase::Empty).await;
+    }
+    // The slot is as good as new.
+    std::fs::write(&mood, "well\n").unwrap();
+    worker.wait_prepared().await;
+    let who = worker.assignment("alice", 3);
+    let spec = worker.guest();
+    worker.run(&who, spec).await.unwrap();
+    assert_eq!(worker.count(&who).0, 1);
+    worker.terminate(&who).await.unwrap();
+    worker.shutdown().await;
+}
+
+/// A monitor that stands still while its guest runs: a checkpoint gives it up, and the slot takes the next.
+async fn stands_still() {
+    let mut worker = Worker::start_microvm("vm-s").await;
+    let who = worker.assignment("bob", 1);
+    let spec = worker.guest();
+    worker.run(&who, spec).await.unwrap();
+    worker.set_lease("bob", 1, common::boottime_in(600.0)).await.unwrap();
+    let pid = nix::unistd::Pid::from_raw(machines(&worker)[0]);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let image = worker.dir.path().join("image");
+    let refused = worker.checkpoint(&who, &image, Mode::Stop).await.unwrap_err();
+    let said = refused.message();
+    assert!(said.contains("did not end within 30 s") && said.contains("could not go on"), "{refused}");
+    worker.wait_phase(Phase::Lost).await;
+    worker.terminate(&who).await.unwrap();
+    worker.wait_prepared().await;
+    assert!(machines(&worker).is_empty(), "it is left behind");
+    let who = worker.assignment("bob", 2);
+    let spec = worker.guest();
+    worker.run(&who, spec).await.unwrap();
+    assert_eq!(worker.count(&who).0, 1);
+    worker.terminate(&who).await.unwrap();
+    worker.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_monitor_that_dies_hangs_or_stands_still_is_said_and_the_slot_goes_on() {
+    let both = async { tokio::join!(starts_badly(), stands_still()) };
+    tokio::time::timeout(std::time::Duration::from_mins(4), both).await.expect("it hangs");
+}

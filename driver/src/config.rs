@@ -134,6 +134,8 @@ pub enum SupervisorMode {
     None,
     /// Without its network half, behind the session shim.
     Process,
+    /// In full, behind the session shim: in microVMs only.
+    Strict,
 }
 
 /// `[openshell.drivers.substrate.supervisor]`.
@@ -141,7 +143,8 @@ pub enum SupervisorMode {
 pub struct Supervisor {
     /// Which part of it runs.
     pub mode: SupervisorMode,
-    /// Nobody named the mode: it is had only where a probe sandbox shows that it can sleep ([`crate::probe`]).
+    /// Nobody named the mode: each class has its own ([`Supervisor::mode_in`]), and it is had only where a probe sandbox
+    /// shows that it can sleep ([`crate::probe`]).
     pub auto: bool,
     /// Its binary on this machine.
     pub path: Option<PathBuf>,
@@ -171,6 +174,17 @@ pub struct Supervisor {
     pub gateway_key_path: Option<PathBuf>,
     /// Name expected in the gateway's certificate; by default the endpoint's host.
     pub gateway_server_name: Option<String>,
+}
+
+impl Supervisor {
+    /// Which part of it runs in sandboxes of a class: the strongest that can sleep there, where nobody named one.
+    #[must_use]
+    pub fn mode_in(&self, class: SandboxClass) -> SupervisorMode {
+        match (self.auto, self.mode, class) {
+            (true, SupervisorMode::Process, SandboxClass::Microvm) => SupervisorMode::Strict,
+            (_, mode, _) => mode,
+        }
+    }
 }
 
 impl Default for Supervisor {
@@ -433,6 +447,7 @@ impl Config {
         supervisor.mode = match text(table.mode).as_deref() {
             Some("none") => SupervisorMode::None,
             Some("process") => SupervisorMode::Process,
+            Some("strict") => SupervisorMode::Strict,
             None | Some("auto") if has_gateway && has_supervisor => SupervisorMode::Process,
             None | Some("auto") => {
                 if has_gateway {
@@ -443,13 +458,6 @@ impl Config {
                     );
                 }
                 SupervisorMode::None
-            }
-            Some("strict") => {
-                return wrong(
-                    "\"strict\" cannot be had on gVisor: its network namespace is not restored, so a sandbox could \
-                     never sleep (docs/decisions/2026-11-supervisor-modes.md); write \"process\" or \"auto\""
-                        .to_owned(),
-                );
             }
             Some("sidecar") => {
                 return wrong(
@@ -632,7 +640,17 @@ mod tests {
         let read =
             |lines: &str| Config::from_toml(&format!("[openshell.drivers.substrate]\n{lines}")).unwrap();
         let (config, warnings) = read("gateway_endpoint = \"http://g:1\"\nsupervisor = { path = \"/s\" }");
-        assert_eq!((config.supervisor.mode, warnings.len()), (SupervisorMode::Process, 0));
+        let modes = |config: &Config| {
+            [SandboxClass::Gvisor, SandboxClass::Microvm].map(|class| config.supervisor.mode_in(class))
+        };
+        assert_eq!(modes(&config), [SupervisorMode::Process, SupervisorMode::Strict]);
+        assert_eq!(warnings.len(), 0);
+        for (name, mode) in [("process", SupervisorMode::Process), ("strict", SupervisorMode::Strict)] {
+            let named = format!(
+                "gateway_endpoint = \"http://g:1\"\nsupervisor = {{ mode = {name:?}, path = \"/s\" }}"
+            );
+            assert_eq!(modes(&read(&named).0), [mode; 2], "what is named is taken");
+        }
         let (config, warnings) = read("gateway_endpoint = \"http://g:1\"");
         assert_eq!((config.supervisor.mode, warnings.len()), (SupervisorMode::None, 1));
         let (config, warnings) = read("supervisor = { mode = \"auto\", path = \"/s\" }");
@@ -672,7 +690,7 @@ mod tests {
             ("default_sandbox_class = \"docker\"", "default_sandbox_class", "microvm"),
             ("template_ready_timeout_secs = 0", "template_ready_timeout_secs", "between"),
             ("request_capabilities = [\"cap_net\"]", "request_capabilities", "CAP_"),
-            ("supervisor = { mode = \"strict\" }", "supervisor.mode", "process"),
+            ("supervisor = { mode = \"strict\" }", "supervisor.mode", "gateway_endpoint"),
             ("supervisor = { mode = \"sidecar\" }", "supervisor.mode", "process"),
             ("supervisor = { mode = \"process\" }", "supervisor.mode", "gateway_endpoint"),
             (

@@ -102,11 +102,14 @@ impl Driver {
     /// Why a sandbox gets the supervisor's mode that nobody named.
     async fn chosen_mode(&self, wanted: &Wanted) -> Result<Option<Advisory>, Failure> {
         let class = wanted.class.unwrap_or(self.config.default_sandbox_class);
-        let Some(probes) = self.probes.as_ref().filter(|_| class == SandboxClass::Gvisor) else {
-            return Ok(None);
+        let Some(probes) = &self.probes else { return Ok(None) };
+        let seen = probes.reason(class).await?;
+        let message = match class {
+            SandboxClass::Gvisor => {
+                format!("auto chose process mode: {seen}; strict and sidecar cannot be had on gVisor")
+            }
+            SandboxClass::Microvm => format!("auto chose strict mode: {seen}"),
         };
-        let seen = probes.reason().await?;
-        let message = format!("auto chose process mode: {seen}; strict and sidecar cannot be had on gVisor");
         Ok(Some(Advisory { subsystem: "supervisor", message }))
     }
 

@@ -106,9 +106,9 @@ pub async fn serve(
     let sessions = session::Sessions::new(&config, &control, &delivery.master_key, &policies, quit.clone());
     let (hub, hub_task) = hub::Hub::new(control.clone(), boots, sessions, quit.clone());
     let _ = policies.set(policy::Policies::new(control.clone(), hub.clone()));
+    let class = config.default_sandbox_class;
     let probes = supervisor::probe_sandbox(&config, &delivery).map(|(template, files)| {
-        let class = driver_config::SandboxClass::Gvisor.as_str();
-        probe::Probes::new(control.clone(), class, template, files, &config.supervisor.store)
+        probe::Probes::new(control.clone(), template, files, &config.supervisor.store)
     });
     let driver = Arc::new(driver::Driver {
         config,
@@ -130,7 +130,7 @@ pub async fn serve(
         tasks.spawn(async move {
             tokio::select! {
                 () = quit.cancelled() => {}
-                probed = probes.reason() => if let Err(failure) = probed {
+                probed = probes.reason(class) => if let Err(failure) = probed {
                     tracing::warn!(error = %failure, "no supervisor yet");
                 }
             }

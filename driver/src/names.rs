@@ -35,6 +35,8 @@ pub const STOPPED: &str = "openshell.ai/stopped";
 pub const SESSION: &str = "openshell.ai/session";
 /// Annotation: rules of the sandbox's policy that cannot be enforced as written are allowed more broadly.
 pub const ALLOW_COARSE: &str = "openshell.ai/allow-coarse";
+/// Annotation: the supervisor's own proxy enforces the sandbox's policy, within what substrate lets out.
+pub const STRICT: &str = "openshell.ai/strict";
 /// Annotation: why the first boot was given up.
 pub const BOOT_FAILED: &str = "openshell.ai/boot-failed";
 /// Prefix of the labels and annotations that only the driver writes.

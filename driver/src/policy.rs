@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The network section of a sandbox's policy as substrate's egress policy, for supervisors without their proxy.
+//! The network section of a sandbox's policy as substrate's egress policy: in place of the supervisor's proxy where it runs
+//! without, around it where it runs in full (`strict`), which then enforces what names and ports cannot say.
 //!
 //! OpenShell's rules name endpoints, the programs that may use them, and requests that may be made; substrate's egress
 //! knows names, ports and what TLS or HTTP says the name is. What it cannot enforce at least as strictly as it was
@@ -103,6 +104,8 @@ pub struct Translation {
     pub denied: Vec<String>,
     /// What is allowed more broadly than the policy says, and how.
     pub coarse: Vec<String>,
+    /// What a proxy in the sandbox refuses although the policy allows it, and why.
+    pub refused: Vec<String>,
 }
 
 /// Translates a policy.
@@ -130,6 +133,13 @@ pub fn translate(policy: &SandboxPolicy, allow_coarse: bool) -> Translation {
                 }
                 translation.coarse.push(text);
             }
+            if takes_for_internal(endpoint) {
+                translation.refused.push(format!(
+                    "{what}: names have addresses of {0} here, which the supervisor's proxy takes for internal ones: \
+                     write allowed_ips: [{0}]",
+                    STAND_INS.map(|net| format!("{net:?}")).join(", ")
+                ));
+            }
             let rule =
                 EgressRule { host: endpoint.host.to_ascii_lowercase(), ports, ..EgressRule::default() };
             if !translation.allow.contains(&rule) {
@@ -138,6 +148,20 @@ pub fn translate(policy: &SandboxPolicy, allow_coarse: bool) -> Translation {
         }
     }
     translation
+}
+
+/// Addresses that names have in a sandbox, each name one of both; `openshell-core`'s `net.rs` counts them as internal.
+const STAND_INS: [&str; 2] = ["198.18.0.0/15", "fd17:5a::/64"];
+
+/// Whether the supervisor's proxy refuses the addresses that the endpoint's names have here: it takes any of a name that
+/// is written out, of a pattern only public ones, and of any name none but `allowed_ips` where they are given
+/// (`openshell-supervisor-network`, proxy/destination.rs).
+fn takes_for_internal(endpoint: &Endpoint) -> bool {
+    if endpoint.allowed_ips.is_empty() {
+        endpoint.host.contains('*')
+    } else {
+        !STAND_INS.iter().all(|net| endpoint.allowed_ips.iter().any(|allowed| allowed == net))
+    }
 }
 
 /// What cannot be written as an egress rule at all.
@@ -207,7 +231,12 @@ impl Policies {
         })?;
         let Some(actor) = self.control.get_actor(uid).await? else { return Ok(()) };
         let allow_coarse = condition::annotation(&actor, names::ALLOW_COARSE).is_some();
-        let translation = translate(&config.policy.unwrap_or_default(), allow_coarse);
+        // The proxy in the sandbox enforces the rest of it.
+        let strict = condition::annotation(&actor, names::STRICT).is_some();
+        let mut translation = translate(&config.policy.unwrap_or_default(), allow_coarse || strict);
+        if strict {
+            translation.coarse.clear();
+        }
         let spec = actor.spec.clone().unwrap_or_default();
         let template = self.control.get_template(&actor.atespace, &spec.template).await?;
         // What the user asked of substrate itself stays.
@@ -229,6 +258,7 @@ impl Policies {
         );
         self.applied.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.to_owned(), policy);
         let Some(sandbox_id) = condition::sandbox_id(&actor) else { return Ok(()) };
+        let none = Vec::new();
         for (reason, what, entries) in [
             (
                 "PolicyDenied",
@@ -239,6 +269,11 @@ impl Policies {
                 "PolicyCoarse",
                 "allowed more broadly than it is written (egress.allowCoarse)",
                 &translation.coarse,
+            ),
+            (
+                "PolicyRefused",
+                "the sandbox's own proxy refuses it",
+                if strict { &translation.refused } else { &none },
             ),
         ] {
             for entry in entries {
@@ -314,6 +349,20 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_a_proxy_in_the_sandbox_would_refuse_is_known() {
+        let with = |host: &str, ips: &[&str]| {
+            let allowed_ips = ips.iter().map(|net| (*net).to_owned()).collect();
+            let policy = policy(vec![Endpoint { allowed_ips, ..endpoint(host, 443) }], &[]);
+            translate(&policy, true).refused.len()
+        };
+        assert_eq!(with("api.example.com", &[]), 0);
+        assert_eq!(with("*.example.com", &[]), 1);
+        assert_eq!(with("*.example.com", &["198.18.0.0/15"]), 1);
+        assert_eq!(with("*.example.com", &["198.18.0.0/15", "fd17:5a::/64"]), 0);
+        assert_eq!(with("api.example.com", &["192.0.2.0/24"]), 1);
     }
 
     #[test]

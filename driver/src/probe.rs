@@ -7,7 +7,7 @@
 //! only when the shim answers again.
 //!
 //! ```text
-//! create in auto ─▶ workers' runtimes, by digest ─▶ all known? ─yes─▶ all good? ─yes─▶ process, with the reason
+//! create in auto ─▶ runtimes of its class, by digest ─▶ all known? ─yes─▶ all good? ─yes─▶ the class's mode, with the reason
 //!                                                     │ no              │ no
 //!                                                     ▼                 ▼
 //!                              probe (one at a time) ─▶ verdict     refused, with what was seen
@@ -32,6 +32,7 @@ use substrate_proto::types::{ActorSpec, TemplateSpec};
 use tonic::Code;
 
 use crate::control::{Control, SHORT};
+use crate::driver_config::SandboxClass;
 use crate::failure::Failure;
 use crate::mirror::now_ms;
 
@@ -41,8 +42,13 @@ pub const SLEEPS: u32 = 3;
 pub const FILE: &str = "probes.json";
 /// Where probe sandboxes live.
 const ATESPACE: &str = "substrate-probe";
-/// For a boot, a sleep and a wake-up each.
-const LIMIT: Duration = Duration::from_secs(30);
+/// For a boot, a sleep and a wake-up each; machines may be emulated.
+const fn limit(class: SandboxClass) -> Duration {
+    match class {
+        SandboxClass::Gvisor => Duration::from_secs(30),
+        SandboxClass::Microvm => Duration::from_mins(3),
+    }
+}
 /// A probe sandbox older than this was left by a driver that died.
 const LEFT_AFTER_MS: i64 = 5 * 60_000;
 
@@ -156,7 +162,6 @@ fn is_inconclusive(failure: &Failure) -> bool {
 #[derive(Clone)]
 pub struct Probes {
     control: Control,
-    class: &'static str,
     template: TemplateSpec,
     files: ActorSpec,
     path: PathBuf,
@@ -165,35 +170,21 @@ pub struct Probes {
 }
 
 impl Probes {
-    /// For a class, with what a probe sandbox is made of ([`crate::supervisor::probe_sandbox`]).
-    pub fn new(
-        control: Control,
-        class: &'static str,
-        template: TemplateSpec,
-        files: ActorSpec,
-        store: &Path,
-    ) -> Self {
+    /// With what a probe sandbox is made of ([`crate::supervisor::probe_sandbox`]), for any class.
+    pub fn new(control: Control, template: TemplateSpec, files: ActorSpec, store: &Path) -> Self {
         let path = store.join(FILE);
         let known = verdicts(&path).unwrap_or_else(|error| {
             tracing::warn!(path = %path.display(), %error, "cannot read what was probed; it is probed again");
             BTreeMap::new()
         });
-        Self {
-            control,
-            class,
-            template,
-            files,
-            path,
-            known: Arc::new(Mutex::new(known)),
-            turn: Arc::default(),
-        }
+        Self { control, template, files, path, known: Arc::new(Mutex::new(known)), turn: Arc::default() }
     }
 
-    /// Why a supervisor can be had on all runtimes that a new sandbox may get; probes those that are not known.
+    /// Why a supervisor can be had on all runtimes that a new sandbox of a class may get; probes those that are not known.
     ///
     /// # Errors
     /// Where one cannot bring it back, or that could not be found out.
-    pub async fn reason(&self) -> Result<String, Failure> {
+    pub async fn reason(&self, class: SandboxClass) -> Result<String, Failure> {
         let refused = |why: String| {
             Failure::Precondition(format!(
                 "supervisor.mode = \"auto\": {why}; a runtime that restores them is needed (docs/runsc.md), or \
@@ -205,13 +196,13 @@ impl Probes {
         loop {
             let workers = self.control.list_workers().await?;
             let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let unknown = match judge(&workers, self.class, &known) {
+            let unknown = match judge(&workers, class.as_str(), &known) {
                 Judgement::Good(reason) => return Ok(reason),
                 Judgement::Bad(reason) => {
                     return Err(refused(format!("{reason} (remembered in {})", self.path.display())));
                 }
                 Judgement::NoWorkers => {
-                    return Err(refused(format!("no worker of class {} is up to be probed", self.class)));
+                    return Err(refused(format!("no worker of class {} is up to be probed", class.as_str())));
                 }
                 Judgement::Unknown(unknown) => unknown,
             };
@@ -222,7 +213,7 @@ impl Probes {
             }
             // To its end, also when who asked is gone.
             let probes = self.clone();
-            let probed = tokio::spawn(async move { probes.probe(&workers).await }).await;
+            let probed = tokio::spawn(async move { probes.probe(class, &workers).await }).await;
             match probed {
                 Ok(Ok(())) => {}
                 Ok(Err(failure)) => {
@@ -234,7 +225,7 @@ impl Probes {
     }
 
     /// Makes a probe sandbox, tries, and takes it away.
-    async fn probe(&self, workers: &[Worker]) -> Result<(), Failure> {
+    async fn probe(&self, class: SandboxClass, workers: &[Worker]) -> Result<(), Failure> {
         self.control.create_atespace(ATESPACE, BTreeMap::new()).await?;
         for left in self.control.list_actors(ATESPACE, "", BTreeMap::new()).await? {
             if now_ms() - left.created_ms > LEFT_AFTER_MS {
@@ -243,14 +234,15 @@ impl Probes {
         }
         let uid = uuid::Uuid::new_v4().to_string();
         let name = format!("probe-{}", &uid[..8]);
-        self.control.create_template(ATESPACE, &name, self.template.clone(), BTreeMap::new(), false).await?;
+        let template = TemplateSpec { sandbox_class: class.as_str().to_owned(), ..self.template.clone() };
+        self.control.create_template(ATESPACE, &name, template, BTreeMap::new(), false).await?;
         let spec = ActorSpec { template: name.clone(), ..self.files.clone() };
         let tried = match self.control.create_actor(ATESPACE, &name, &uid, spec).await {
-            Ok(_) => self.sleep_and_wake(&uid).await,
+            Ok(_) => self.sleep_and_wake(&uid, limit(class)).await,
             Err(failure) => Err(failure),
         };
         let ended = [
-            self.control.delete_actor(&uid, LIMIT).await.map(drop),
+            self.control.delete_actor(&uid, limit(class)).await.map(drop),
             self.control.delete_template(ATESPACE, &name).await.map(drop),
             self.control.delete_atespace(ATESPACE).await.map(drop),
         ];
@@ -261,10 +253,10 @@ impl Probes {
             }
         }
         let (actor, wakes, problem) = tried?;
-        let worker = runtime_of(&actor, workers, self.class)
+        let worker = runtime_of(&actor, workers, class.as_str())
             .ok_or_else(|| Failure::Precondition("the workers changed while one was probed".to_owned()))?;
         let verdict = Verdict {
-            sandbox_class: self.class.to_owned(),
+            sandbox_class: class.as_str().to_owned(),
             runtime_version: worker.runtime_version.clone(),
             wakes,
             problem,
@@ -276,11 +268,15 @@ impl Probes {
     }
 
     /// The actor as it last ran, how often it woke, and why it did not again.
-    async fn sleep_and_wake(&self, uid: &str) -> Result<(Actor, u32, Option<String>), Failure> {
-        let mut actor = self.control.resume(uid, LIMIT).await?;
+    async fn sleep_and_wake(
+        &self,
+        uid: &str,
+        limit: Duration,
+    ) -> Result<(Actor, u32, Option<String>), Failure> {
+        let mut actor = self.control.resume(uid, limit).await?;
         for wakes in 0..SLEEPS {
-            let woken = match self.control.suspend(uid, LIMIT).await {
-                Ok(_) => self.control.resume(uid, LIMIT).await,
+            let woken = match self.control.suspend(uid, limit).await {
+                Ok(_) => self.control.resume(uid, limit).await,
                 Err(failure) => Err(failure),
             };
             match woken {

@@ -9,10 +9,12 @@
 //! |---|---|---|
 //! | `none` | the user's command | everything of the supervisor's; substrate's egress policy holds, no session |
 //! | `process` | the session shim, the supervisor without its network half, the user's command | the proxy with its L7 rules and `inference.local`; substrate's egress policy (default deny) holds |
+//! | `strict` | the session shim, the supervisor in full, the user's command in its network namespace | nothing; substrate's egress follows the policy's names and ports and stands around the proxy |
 //!
-//! `strict` cannot be had on gVisor: the inner network namespace is not restored, so such a sandbox could never sleep.
-//! `sidecar` leaves a way around its proxy there (nftables does not work inside). `auto` takes the strongest that can
-//! sleep, which [`crate::probe`] tries: `process`, or `none` where no gateway or supervisor is configured.
+//! `strict` needs a kernel of the sandbox's own: on gVisor the inner network namespace is not restored, so such a sandbox
+//! could never sleep. `sidecar` leaves a way around its proxy there (nftables does not work inside). `auto` takes the
+//! strongest that can sleep, which [`crate::probe`] tries: `strict` in a microVM, `process` on gVisor, `none` where no
+//! gateway or supervisor is configured.
 //!
 //! Supervisor and shim come as images ([`crate::bundle`]), mounted read-only.
 use std::collections::BTreeMap;
@@ -126,7 +128,9 @@ pub fn deliver(
         actor.annotations.insert(names::ALLOW_COARSE.to_owned(), "true".to_owned());
     }
     actor.files.push(secret(KEY_PATH, &SessionKey::derive(&delivery.master_key, &wanted.uid)));
-    run_supervisor(config, delivery, template);
+    let class = wanted.class.unwrap_or(config.default_sandbox_class);
+    let mode = config.supervisor.mode_in(class);
+    run_supervisor(mode, delivery, template);
     if wanted.premade.is_some() {
         return vec![Advisory {
             subsystem: "supervisor",
@@ -139,21 +143,35 @@ pub fn deliver(
         message: "with a supervisor its session is what counts; the sandbox's own readiness is not asked"
             .to_owned(),
     });
-    let degraded = [
+    if mode == SupervisorMode::Strict {
+        actor.annotations.insert(names::STRICT.to_owned(), "true".to_owned());
+    }
+    degradations(mode, class).into_iter().chain(readiness).collect()
+}
+
+/// What a mode leaves out in a class, and what stands in for it.
+fn degradations(mode: SupervisorMode, class: SandboxClass) -> Vec<Advisory> {
+    if mode != SupervisorMode::Process {
+        return Vec::new();
+    }
+    let landlock = (class == SandboxClass::Gvisor).then_some((
+        "landlock",
+        "gVisor has no Landlock: the sandbox's own kernel and seccomp stand in for it",
+    ));
+    let of_the_mode = [
         (
             "network",
             "the supervisor runs without its proxy (process mode): substrate's egress policy stands in for it, which \
              denies by default and knows names, ports and SNI, but neither programs nor requests",
         ),
         ("inference", "inference.local belongs to the proxy and is not there in process mode"),
-        ("landlock", "gVisor has no Landlock: the sandbox's own kernel and seccomp stand in for it"),
-    ]
-    .map(|(subsystem, message)| Advisory { subsystem, message: message.to_owned() });
-    degraded.into_iter().chain(readiness).collect()
+    ];
+    let all = of_the_mode.into_iter().chain(landlock);
+    all.map(|(subsystem, message)| Advisory { subsystem, message: message.to_owned() }).collect()
 }
 
 /// A sandbox that shows whether a supervisor could sleep: the shim, and a stand-in for the supervisor that holds a
-/// connection to it; none where no mode is to be chosen.
+/// connection to it; none where no mode is to be chosen. Its class is the probe's.
 pub fn probe_sandbox(config: &Config, delivery: &Delivery) -> Option<(TemplateSpec, ActorSpec)> {
     let shim =
         delivery.shim.clone().filter(|_| config.supervisor.auto && config.supervisor.mode.has_session())?;
@@ -181,7 +199,6 @@ pub fn probe_sandbox(config: &Config, delivery: &Delivery) -> Option<(TemplateSp
         ..Container::default()
     };
     let template = TemplateSpec {
-        sandbox_class: SandboxClass::Gvisor.as_str().to_owned(),
         containers: vec![main],
         worker_pool: config.default_worker_pool.clone(),
         holds_identity: true,
@@ -196,7 +213,7 @@ fn secret(path: &str, content: &[u8]) -> File {
 }
 
 /// Puts shim and supervisor in the place of the user's command.
-fn run_supervisor(config: &Config, delivery: &Delivery, template: &mut TemplateSpec) {
+fn run_supervisor(mode: SupervisorMode, delivery: &Delivery, template: &mut TemplateSpec) {
     template.holds_identity = true;
     let Some(main) = template.containers.first_mut() else { return };
     let mut command = vec![
@@ -205,8 +222,10 @@ fn run_supervisor(config: &Config, delivery: &Delivery, template: &mut TemplateS
         KEY_PATH.to_owned(),
         "--".to_owned(),
         format!("{SUPERVISOR_DIR}/{SUPERVISOR}"),
-        "--mode=process".to_owned(),
     ];
+    if mode == SupervisorMode::Process {
+        command.push("--mode=process".to_owned());
+    }
     if !main.working_dir.is_empty() {
         command.push(format!("--workdir={}", main.working_dir));
     }
@@ -216,7 +235,7 @@ fn run_supervisor(config: &Config, delivery: &Delivery, template: &mut TemplateS
     main.image_mounts.extend(delivery.supervisor.iter().chain(&delivery.shim).cloned());
     let given = main.security_context.take().unwrap_or_default();
     let mut added = given.add_capabilities;
-    added.extend(config.supervisor.mode.capabilities());
+    added.extend(mode.capabilities());
     added.sort();
     added.dedup();
     main.security_context = Some(SecurityContext {
@@ -313,7 +332,7 @@ impl SupervisorMode {
     pub fn has_session(self) -> bool {
         match self {
             Self::None => false,
-            Self::Process => true,
+            Self::Process | Self::Strict => true,
         }
     }
 
@@ -321,6 +340,12 @@ impl SupervisorMode {
     pub fn capabilities(self) -> Vec<String> {
         let names: &[&str] = match self {
             Self::None => &[],
+            // Mounts and namespaces, veth and nftables, the kernel's log of what they reject.
+            Self::Strict => {
+                let mut names = Self::Process.capabilities();
+                names.extend(["NET_ADMIN", "SYS_ADMIN", "SYSLOG"].map(str::to_owned));
+                return names;
+            }
             Self::Process => &[
                 "CHOWN",
                 "DAC_OVERRIDE",
@@ -377,27 +402,53 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_cannot_have_a_supervisor_and_says_so() {
-        let mut sandbox = substrate_proto::compute::DriverSandbox {
+    fn strict_is_for_machines_and_auto_knows_which() {
+        let sandbox = |class: &str| substrate_proto::compute::DriverSandbox {
             id: "sb-1".to_owned(),
             name: "alice".to_owned(),
             spec: Some(substrate_proto::compute::DriverSandboxSpec {
                 template: Some(substrate_proto::compute::DriverSandboxTemplate {
                     image: "registry.example/agent:1".to_owned(),
+                    driver_config: Some(crate::driver_config::json_to_struct(
+                        &json!({"sandboxClass": class}),
+                    )),
                     ..Default::default()
                 }),
                 ..Default::default()
             }),
             ..Default::default()
         };
-        let asked = json!({"sandboxClass": "microvm"});
-        if let Some(template) = sandbox.spec.as_mut().and_then(|spec| spec.template.as_mut()) {
-            template.driver_config = Some(crate::driver_config::json_to_struct(&asked));
+        let with = |mode, auto| Config {
+            supervisor: Supervisor { mode, auto, ..Supervisor::default() },
+            ..Config::default()
+        };
+        let made = |config: &Config, class: &str| {
+            let wanted = crate::validate::read(&sandbox(class), config).unwrap();
+            let mut template = crate::synthesize::template(&wanted, config);
+            let mut actor = crate::synthesize::actor(&wanted, "t", "");
+            let said = deliver(config, &Delivery::default(), &wanted, &mut template, &mut actor);
+            let main = template.containers.remove(0);
+            let may = main.security_context.unwrap().add_capabilities;
+            (main.command.contains(&"--mode=process".to_owned()), may, actor.annotations, said)
+        };
+        let is_in = |may: &[String], name: &str| may.iter().any(|given| given == name);
+        for config in [with(SupervisorMode::Strict, false), with(SupervisorMode::Process, true)] {
+            let (process, may, annotations, said) = made(&config, "microvm");
+            assert!(!process, "something is left out");
+            for name in ["NET_ADMIN", "SYS_ADMIN", "SYSLOG", "SYS_PTRACE"] {
+                assert!(is_in(&may, name), "{name}: {may:?}");
+            }
+            assert!(annotations.contains_key(names::STRICT) && said.is_empty(), "{said:?}");
         }
-        let refused = format!("{:?}", crate::validate::read(&sandbox, &config()).unwrap_err());
-        assert!(refused.contains("sandboxClass") && refused.contains("supervisor"), "{refused}");
-        let none = Config { supervisor: Supervisor::default(), ..config() };
-        crate::validate::read(&sandbox, &none).unwrap();
+        let (process, may, annotations, said) = made(&with(SupervisorMode::Process, false), "microvm");
+        assert!(process && !is_in(&may, "SYS_ADMIN") && !annotations.contains_key(names::STRICT));
+        let subsystems: Vec<_> = said.iter().map(|advisory| advisory.subsystem).collect();
+        assert_eq!(subsystems, ["network", "inference"], "a guest's kernel has Landlock");
+        let refused = crate::validate::read(&sandbox("gvisor"), &with(SupervisorMode::Strict, false));
+        let refused = format!("{:?}", refused.unwrap_err());
+        assert!(refused.contains("sandboxClass") && refused.contains("microvm"), "{refused}");
+        let (process, may, ..) = made(&with(SupervisorMode::Process, true), "gvisor");
+        assert!(process && !is_in(&may, "SYS_ADMIN"), "no more than it needs");
     }
 
     #[test]

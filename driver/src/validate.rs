@@ -11,7 +11,7 @@ use prost::Message as _;
 use prost_types::value::Kind;
 use substrate_proto::compute::{DriverSandbox, DriverSandboxTemplate};
 
-use crate::config::Config;
+use crate::config::{Config, SupervisorMode};
 use crate::driver_config::{DriverConfig, SandboxClass};
 use crate::failure::Violation;
 use crate::supervisor::Advisory;
@@ -182,14 +182,14 @@ impl Reader {
         };
         self.driver_config(&driver_config);
         let class = self.class(platform.class, driver_config.sandbox_class);
-        // Its image is mounted beside the user's, which that class cannot do.
-        if class.unwrap_or(config.default_sandbox_class) == SandboxClass::Microvm
-            && config.supervisor.mode.has_session()
+        let effective = class.unwrap_or(config.default_sandbox_class);
+        if effective == SandboxClass::Gvisor && config.supervisor.mode_in(effective) == SupervisorMode::Strict
         {
             self.refuse(
                 "spec.template.driver_config.substrate.sandboxClass",
-                "is microvm, into which a supervisor cannot be brought yet: use gvisor, or a driver with \
-                 supervisor.mode = \"none\"",
+                "is gvisor, where supervisor.mode = \"strict\" cannot be had: its network namespace is not restored, \
+                 so the sandbox could never sleep (docs/decisions/2026-11-supervisor-modes.md); use microvm, or a \
+                 driver with supervisor.mode = \"auto\"",
             );
         }
         let premade = self.premade(platform.template, driver_config.template.as_deref());

@@ -132,13 +132,18 @@ impl Worker {
 
     /// Starts one of the microVM class.
     pub async fn start_microvm(name: &str) -> Self {
+        Self::start_microvm_on(name, qemu()).await
+    }
+
+    /// Starts one of the microVM class on a machine monitor.
+    pub async fn start_microvm_on(name: &str, vmm: PathBuf) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests make namespaces and cgroups: run them as root"
         );
         let program = Path::new(env!("CARGO_BIN_EXE_ateom-microvm"));
         let dir = tempfile::tempdir().unwrap();
-        Self::start_program(name, dir, program, &[("--qemu", qemu()), ("--kernel", kernel())]).await
+        Self::start_program(name, dir, program, &[("--qemu", vmm), ("--kernel", kernel())]).await
     }
 
     async fn start_program(

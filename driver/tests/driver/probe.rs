@@ -2,7 +2,7 @@
 //! `supervisor.mode = "auto"`: decided by what a probe sandbox shows, once per runtime, and never by hope.
 use std::path::Path;
 
-use crate::stub::{Bench, Boot, Fault, Stub, sandbox};
+use crate::stub::{Bench, Boot, Fault, Stub, sandbox, with_config};
 use openshell_driver_substrate::probe::{self, SLEEPS};
 use openshell_driver_substrate::{Config, Supervisor, SupervisorMode};
 use tonic::Code;
@@ -49,6 +49,22 @@ async fn a_runtime_is_probed_once_and_the_reason_is_told() {
     bench.validate(sandbox("other", "bob")).await.unwrap();
     assert_eq!(bench.stub.calls("suspend_actor"), 2 * SLEEPS as usize);
     assert_eq!(probe::verdicts(&store.path().join(probe::FILE)).unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn each_class_is_probed_for_a_mode_of_its_own() {
+    let store = tempfile::tempdir().unwrap();
+    let mut bench = Bench::with(Stub::new(), |config| auto(config, store.path())).await;
+    let mut watching = bench.watch().await.unwrap();
+    let machine = with_config(sandbox(ID, "alice"), &serde_json::json!({"sandboxClass": "microvm"}));
+    bench.create(machine).await.unwrap();
+    let mut told = String::new();
+    while !told.contains("auto chose strict mode: on microvm") {
+        let event = tokio::time::timeout(std::time::Duration::from_secs(20), watching.message()).await;
+        told = format!("{:?}", event.expect("an event in time").unwrap().expect("the watch goes on"));
+    }
+    let verdicts = probe::verdicts(&store.path().join(probe::FILE)).unwrap();
+    assert_eq!(verdicts["test-qemu"].sandbox_class, "microvm");
 }
 
 #[tokio::test]

@@ -736,7 +736,14 @@ impl Control for Stub {
                 alive: true,
                 ..Default::default()
             };
-            Ok(ateapi::ListWorkersResponse { workers: vec![worker] })
+            let machine = ateapi::Worker {
+                id: "m1".to_owned(),
+                sandbox_class: "microvm".to_owned(),
+                runtime_digest: "test-qemu".to_owned(),
+                alive: true,
+                ..Default::default()
+            };
+            Ok(ateapi::ListWorkersResponse { workers: vec![worker, machine] })
         })
     }
     async fn cordon_worker(

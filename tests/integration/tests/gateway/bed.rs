@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use http::uri::PathAndQuery;
-use substrate_integration::{Machine, PATIENCE, image};
+use substrate_integration::{Machine, PATIENCE, image, workspace};
 use substrate_proto::ateapi::{self, ActorRef, SuspendActorRequest};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
@@ -31,6 +31,24 @@ pub struct Bed {
     root: tempfile::TempDir,
     endpoint: String,
     metrics: u16,
+    /// How long anything may take.
+    patience: Duration,
+}
+
+/// What a bed is made of.
+pub struct Setting {
+    /// gVisor workers.
+    pub workers: u32,
+    /// Life of a token, seconds; 0: for good.
+    pub token_ttl_secs: u64,
+    /// The driver's `supervisor.mode`.
+    pub mode: &'static str,
+    /// Its default image.
+    pub image: String,
+    /// Workers for microVMs, which are what sandboxes are then.
+    pub microvm_workers: u32,
+    /// More lines of `substrate up`'s configuration.
+    pub up: String,
 }
 
 /// `driver_config` of a sandbox that sleeps only when it is told to.
@@ -48,7 +66,21 @@ impl Bed {
     }
 
     /// Starts both, with that mode of the supervisor.
-    pub async fn start_mode(bins: &Path, workers: u32, token_ttl_secs: u64, mode: &str) -> Result<Self> {
+    pub async fn start_mode(
+        bins: &Path,
+        workers: u32,
+        token_ttl_secs: u64,
+        mode: &'static str,
+    ) -> Result<Self> {
+        let (image, up) = (image("helpdesk")?, String::new());
+        Self::of(bins, Setting { workers, token_ttl_secs, mode, image, microvm_workers: 0, up }).await
+    }
+
+    /// Starts both as they are wanted.
+    pub async fn of(bins: &Path, setting: Setting) -> Result<Self> {
+        let Setting { workers, token_ttl_secs, mode, image, microvm_workers, up } = setting;
+        // A question takes an emulated guest a second.
+        let (class, poll) = if microvm_workers > 0 { ("microvm", 30) } else { ("gvisor", 1) };
         let root = tempfile::Builder::new().prefix("gw-").tempdir_in("/tmp")?;
         let bins = bins.to_owned();
         let certificates = root.path().join("certs");
@@ -68,25 +100,34 @@ impl Bed {
              [openshell.gateway.gateway_jwt]\nsigning_key_path = \"{}\"\npublic_key_path = \"{}\"\nkid_path = \"{}\"\n\
              gateway_id = \"test\"\nttl_secs = {token_ttl_secs}\n\
              [openshell.drivers.substrate]\nsocket_path = \"{}\"\ngateway_endpoint = \"http://127.0.0.1:{port}\"\n\
-             default_image = {:?}\n\
-             [openshell.drivers.substrate.supervisor]\nmode = \"{mode}\"\nsettings_poll_secs = 1\npath = \"{}\"\n",
+             default_image = {image:?}\ndefault_sandbox_class = \"{class}\"\n\
+             [openshell.drivers.substrate.supervisor]\nmode = \"{mode}\"\nsettings_poll_secs = {poll}\npath = \"{}\"\n",
             jwt.join("signing.pem").display(),
             jwt.join("public.pem").display(),
             jwt.join("kid").display(),
             dir.join("run/driver/driver.sock").display(),
-            image("helpdesk")?,
             bins.join("openshell-sandbox").display(),
         );
         let config = root.path().join("gateway.toml");
         std::fs::write(&config, toml)?;
-        let up = root.path().join("up.toml");
-        std::fs::write(&up, format!("[driver]\ngateway_config = \"{}\"\n", config.display()))?;
-        let machine =
-            Machine::start_in(dir, None, workers, &["--config", up.to_str().context("a path in UTF-8")?])
-                .await?;
+        let file = root.path().join("up.toml");
+        std::fs::write(&file, format!("[driver]\ngateway_config = \"{}\"\n{up}", config.display()))?;
+        let (machines, kernel) = (microvm_workers.to_string(), workspace().join("target/tools/microvm"));
+        let kernel = kernel.to_str().context("a path in UTF-8")?;
+        let mut more = vec!["--config", file.to_str().context("a path in UTF-8")?];
+        let mut patience = PATIENCE;
+        if microvm_workers > 0 {
+            more.extend(["--microvm-workers", &machines, "--kernel", kernel]);
+            // Emulated, on a machine that may be busy.
+            patience *= 8;
+        }
+        let mut machine = Machine::start_in(dir, None, workers, &more).await?;
+        if microvm_workers > 0 {
+            machine.allow(patience * 4);
+        }
         let gateway = spawn_gateway(&bins, root.path(), &config)?;
         let endpoint = format!("http://127.0.0.1:{port}");
-        let bed = Self { machine, gateway, bins, root, endpoint, metrics };
+        let bed = Self { machine, gateway, bins, root, endpoint, metrics, patience };
         bed.until_it_answers().await?;
         Ok(bed)
     }
@@ -149,9 +190,9 @@ impl Bed {
         let mut stdin = child.stdin.take().context("stdin")?;
         let input = input.to_owned();
         let feeding = tokio::spawn(async move { stdin.write_all(&input).await });
-        let output = tokio::time::timeout(PATIENCE, child.wait_with_output())
+        let output = tokio::time::timeout(self.patience, child.wait_with_output())
             .await
-            .with_context(|| format!("openshell {arguments:?} does not end"))??;
+            .with_context(|| format!("openshell {arguments:?} does not end\n{}", self.sandbox_logs()))??;
         // A program that reads no input closes it.
         let _ = feeding.await?;
         Ok(output)
@@ -248,14 +289,14 @@ impl Bed {
     /// Asks until something holds.
     pub async fn until(&self, what: &str, holds: impl AsyncFn(&Self) -> Result<bool>) -> Result<()> {
         let began = tokio::time::Instant::now();
-        while began.elapsed() < PATIENCE {
+        while began.elapsed() < self.patience {
             if holds(self).await? {
                 return Ok(());
             }
             // Asked by command: there is nothing to wait on.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        bail!("not within {PATIENCE:?}: {what}\n{}\n{}", self.gateway_log(), self.sandbox_logs())
+        bail!("not within {:?}: {what}\n{}\n{}", self.patience, self.gateway_log(), self.sandbox_logs())
     }
 
     /// Suspends an actor the way substrate does by itself.
@@ -263,7 +304,7 @@ impl Bed {
         let actor = Some(ActorRef { uid: uid.to_owned(), ..ActorRef::default() });
         let request =
             SuspendActorRequest { actor, cause: "idle".to_owned(), ..SuspendActorRequest::default() };
-        tokio::time::timeout(PATIENCE, self.machine.api.suspend_actor(request)).await??;
+        tokio::time::timeout(self.patience, self.machine.api.suspend_actor(request)).await??;
         Ok(())
     }
 

@@ -9,6 +9,7 @@ mod bed;
 mod faults;
 mod features;
 mod moves;
+mod strict;
 
 use anyhow::{Context as _, Result, ensure};
 use bed::{Bed, bin_dir, free_port, get};
