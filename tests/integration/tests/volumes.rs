@@ -71,12 +71,13 @@ async fn page_cache_is_given_back(machine: &Machine, file: u64) -> Result<()> {
     let most = resident(machine);
     let cached = file.min(most);
     let deadline = Instant::now() + Duration::from_mins(2);
-    let mut before = most;
+    let (mut before, mut steady) = (most, 0);
     loop {
-        // The guest reports freed memory every two seconds.
+        // The guest reports freed memory every two seconds, and later where it gets little of the processor.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let held = resident(machine);
-        if held + cached / 2 <= most && before.abs_diff(held) < (1 << 20) {
+        steady = if before.abs_diff(held) < (1 << 20) { steady + 1 } else { 0 };
+        if held + cached / 2 <= most && steady == 3 {
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "the guest holds {held} bytes, {most} with a file of {file}");
@@ -115,11 +116,22 @@ async fn a_volume(class: &str, more: &[&str]) -> Result<()> {
         page_cache_is_given_back(&machine, wanted << 20).await?;
     }
     machine.suspend("vol").await?;
-    let (after, full) = snapshot_bytes(&machine, &made.uid)?;
+    let limit = (24 << 20).max(before / 10);
+    let (mut after, mut full) = snapshot_bytes(&machine, &made.uid)?;
+    // A guest that stood without a processor when it was looked at goes on giving back when it is awake.
+    for _ in 0..if class == "microvm" { 3 } else { 0 } {
+        if after.saturating_sub(before) <= limit {
+            break;
+        }
+        machine.resume("vol").await?;
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        machine.suspend("vol").await?;
+        (after, full) = snapshot_bytes(&machine, &made.uid)?;
+    }
     eprintln!("{class}: state {before} -> {after} bytes, volume {empty} -> {full} bytes on disk");
     ensure!(full >= wanted << 20, "the volume is not in the snapshot: {full} bytes");
     let grown = after.saturating_sub(before);
-    ensure!(grown <= (24 << 20).max(before / 10), "the state grew by {grown} bytes of {wanted} MiB written");
+    ensure!(grown <= limit, "the state grew by {grown} bytes of {wanted} MiB written");
     machine.resume("vol").await?;
     ensure!(shell(&machine, "vol", "sha256sum < /data/big")? == sum, "the volume's file changed");
     // Bounded.
@@ -200,7 +212,7 @@ async fn a_root_on_a_disk() -> Result<()> {
     eprintln!("state {before} -> {after} bytes, root {empty} -> {full} bytes on disk");
     ensure!(full >= wanted << 20, "the root is not in the snapshot: {full} bytes");
     let grown = after.saturating_sub(before);
-    ensure!(grown <= (24 << 20).max(before / 10), "the state grew by {grown} bytes of {wanted} MiB written");
+    ensure!(grown <= limit, "the state grew by {grown} bytes of {wanted} MiB written");
 
     // Where nothing of the actor is but its snapshot, it and a fork of it run at once, each with a root of its own.
     let of_actor = machine.dir.join("node/actors").join(&made.uid);
