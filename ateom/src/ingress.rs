@@ -70,6 +70,10 @@ async fn serve_connection(mut router: UnixStream, occupancy: &Occupancy) -> io::
         Ok(pass) => pass,
         Err(code) => return answer(&mut router, code, "").await,
     };
+    if open.hold {
+        answer(&mut router, Code::Ok, "").await?;
+        return hold(router, &pass).await;
+    }
     let port = if open.port == 0 { pass.default_port } else { open.port };
     let Some(port) = u16::try_from(port).ok().filter(|port| *port != 0) else {
         return answer(&mut router, Code::Refused, "the actor has no such port").await;
@@ -103,6 +107,15 @@ async fn serve_connection(mut router: UnixStream, occupancy: &Occupancy) -> io::
             Ok(())
         }
         copied = tokio::io::copy_bidirectional(&mut router, &mut actor) => copied.map(drop),
+    }
+}
+
+/// Keeps a connection that leads nowhere until it is closed or cut.
+async fn hold(mut router: UnixStream, pass: &Pass) -> io::Result<()> {
+    let mut nowhere = tokio::io::sink();
+    tokio::select! {
+        () = pass.cut.cancelled() => Ok(()),
+        ended = tokio::io::copy(&mut router, &mut nowhere) => ended.map(drop),
     }
 }
 
@@ -177,6 +190,8 @@ impl AsyncWrite for Counted {
 
 #[cfg(test)]
 mod tests {
+    use substrate_proto::types::Assignment;
+
     use super::*;
 
     async fn ask(bytes: &[u8], occupancy: &Occupancy) -> Option<IngressOpened> {
@@ -201,5 +216,36 @@ mod tests {
         let answer = ask(&open.encode_length_delimited_to_vec(), &occupancy).await.unwrap();
         assert_eq!(answer.code(), Code::Stale);
         assert!(ask(&[0xff, 0xff, 0xff, 0xff], &occupancy).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_hold_keeps_the_actor_in_use_until_it_is_closed_or_cut() {
+        let occupancy = Occupancy::new("w1");
+        let owner = Assignment { actor_uid: "a".into(), generation: 3, ..Assignment::default() };
+        occupancy.enter(owner, 8080);
+        occupancy.set_gate(true);
+        let open = IngressOpen { actor_uid: "a".into(), generation: 3, hold: true, ..IngressOpen::default() };
+        let open = open.encode_length_delimited_to_vec();
+        for closes in [true, false] {
+            let (mut hub, ours) = UnixStream::pair().unwrap();
+            let served = tokio::spawn({
+                let occupancy = occupancy.clone();
+                async move { serve_connection(ours, &occupancy).await }
+            });
+            hub.write_all(&open).await.unwrap();
+            let expected = IngressOpened { code: Code::Ok.into(), message: String::new() };
+            let mut answer = vec![0; expected.encode_length_delimited_to_vec().len()];
+            hub.read_exact(&mut answer).await.unwrap();
+            assert_eq!(IngressOpened::decode_length_delimited(answer.as_slice()).unwrap(), expected);
+            assert!(occupancy.close_if_idle().unwrap_err().contains("1 requests in flight"));
+            if closes {
+                drop(hub);
+            } else {
+                occupancy.cut();
+            }
+            served.await.unwrap().unwrap();
+            assert_eq!(occupancy.usage().ingress, 0);
+        }
+        occupancy.close_if_idle().unwrap();
     }
 }

@@ -101,7 +101,7 @@ impl Driver {
             "not started within {} s (template_ready_timeout_secs): {why}",
             self.config.template_ready_timeout.as_secs()
         );
-        self.annotate(actor, BTreeMap::from([(names::BOOT_FAILED, message.clone())])).await?;
+        self.annotate(&actor.uid, BTreeMap::from([(names::BOOT_FAILED, message.clone())])).await?;
         if let Some(id) = condition::sandbox_id(actor) {
             let event = mirror::warning(mirror::now_ms(), "ProvisioningFailed", message);
             self.hub.tell(mirror::platform_event(id, event)).await;

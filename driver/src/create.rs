@@ -2,17 +2,17 @@
 //! CreateSandbox: three records, then an answer; whatever fails on the way takes all of them back.
 //!
 //! ```text
-//! atespace ensured → template made (or found) → actor made, marked pending, boots → marked done → answer
+//! atespace ensured → template made (or found) → actor made, marked pending, boots → marked made → answer
 //!    undo: delete        undo: delete if            undo: delete
 //!    if made here        unused
 //! ```
 //!
 //! The gateway neither retries a failed create nor compensates it, so the driver must leave nothing. The mark on the
-//! actor (`pending-<nonce>`, then `done-<nonce>`) is the journal: while it says pending, no create has been answered
+//! actor (`pending-<nonce>`, then `made-<nonce>`) is the journal: while it says pending, no create has been answered
 //! with success, so whoever finds it and knows of no create under way (the sweep of [`crate::journal`], after a crash)
-//! may delete the actor. A sandbox that the gateway knows of is never pending. When even marking it done ends without
+//! may delete the actor. A sandbox that the gateway knows of is never pending. When even marking it made ends without
 //! a clear answer, the actor is looked at again; what cannot be found out now is a debt that the sweep works off by
-//! the nonce. Templates need no mark: one that no actor uses is deleted whoever left it.
+//! the nonce. Whether the answer arrived is found out later ([`crate::receipt`]): then the mark says `done-<nonce>`. Templates need no mark: one that no actor uses is deleted whoever left it.
 //!
 //! A create runs to its end in a task of its own, also when the gateway hangs up. It holds the creation gate of its
 //! sandbox all the while, and the atespace and template while it uses them, so that neither is reaped under its feet.
@@ -33,6 +33,7 @@ use crate::gates::Key;
 use crate::{metrics, mirror, names, synthesize, token};
 
 const PENDING: &str = "pending-";
+const MADE: &str = "made-";
 const DONE: &str = "done-";
 const ATTEMPTS: usize = 3;
 
@@ -140,6 +141,11 @@ impl Driver {
                         continue;
                     }
                     return Err(match failure.code() {
+                        Code::AlreadyExists
+                            if attempt < ATTEMPTS && self.replace_unclaimed(wanted).await? =>
+                        {
+                            continue;
+                        }
                         Code::AlreadyExists => Failure::Exists(format!(
                             "a sandbox named {:?} exists already in workspace {:?}",
                             wanted.name, wanted.tenant
@@ -152,14 +158,14 @@ impl Driver {
         self.settle(&wanted.uid).await.map(|()| Outcome::Made)
     }
 
-    /// Marks the actor done: from here on the sandbox stays.
+    /// Marks the actor made: from here on the sweep leaves it alone.
     async fn settle(&self, uid: &str) -> Result<(), Failure> {
         let Some(actor) = self.control.get_actor(uid).await? else {
             return Err(Failure::Precondition("the sandbox was deleted while it was made".to_owned()));
         };
         let Some(nonce) = pending(&actor) else { return Ok(()) };
-        let done = format!("{DONE}{nonce}");
-        let Err(failure) = self.annotate(&actor, BTreeMap::from([(names::CREATE, done)])).await else {
+        let made = format!("{MADE}{nonce}");
+        let Err(failure) = self.annotate(uid, BTreeMap::from([(names::CREATE, made)])).await else {
             return Ok(());
         };
         match self.control.get_actor(uid).await {
@@ -195,8 +201,7 @@ impl Driver {
         let Some(actor) = self.control.get_actor(uid).await? else {
             return Ok(());
         };
-        let mark = condition::annotation(&actor, names::CREATE).unwrap_or_default();
-        if mark.strip_prefix(PENDING).or_else(|| mark.strip_prefix(DONE)) == Some(nonce) {
+        if pending(&actor).or_else(|| made(&actor)) == Some(nonce) {
             self.control.delete_actor(uid, SHORT).await?;
         }
         Ok(())
@@ -243,6 +248,16 @@ impl Driver {
 /// The nonce of a create that has not succeeded yet.
 pub fn pending(actor: &Actor) -> Option<&str> {
     condition::annotation(actor, names::CREATE)?.strip_prefix(PENDING)
+}
+
+/// The nonce of a create of which nobody knows whether the gateway got the answer.
+pub fn made(actor: &Actor) -> Option<&str> {
+    condition::annotation(actor, names::CREATE)?.strip_prefix(MADE)
+}
+
+/// The mark of a create whose answer the gateway got.
+pub fn done(nonce: &str) -> String {
+    format!("{DONE}{nonce}")
 }
 
 fn report(what: &str, result: &Result<(), Failure>) -> bool {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use substrate_proto::ateapi::Actor;
 use substrate_proto::types::{ActorSpec, TemplateSpec};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::task::TaskTracker;
 use tonic::Code;
 
@@ -16,6 +16,7 @@ use crate::failure::Failure;
 use crate::gates::{Gates, Key};
 use crate::hub::Hub;
 use crate::probe::Probes;
+use crate::receipt::Receipt;
 use crate::supervisor::{self, Advisory};
 use crate::validate::{self, Wanted};
 use crate::{names, synthesize};
@@ -38,6 +39,8 @@ pub struct Driver {
     pub sweep: Arc<Notify>,
     /// Actors (uid and nonce) of failed creates that may exist or may still appear.
     pub debts: Mutex<Vec<(String, String)>>,
+    /// What the gateway has shown of sandboxes ([`crate::receipt`]).
+    pub receipts: mpsc::UnboundedSender<Receipt>,
     /// Work that outlives its call.
     pub tasks: TaskTracker,
 }

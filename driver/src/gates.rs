@@ -3,6 +3,7 @@
 //!
 //! * a sandbox's *creation* is exclusive with its rollback and its deletion;
 //! * a sandbox's *stops and starts* are exclusive with each other (a deletion waits for neither);
+//! * writes of an actor's *annotations* take turns;
 //! * a template or atespace is *held* by the creates that are about to use it and *reaped* only when nobody holds it.
 //!
 //! A task takes them in the order creation, atespace, template, so no two wait for each other.
@@ -18,6 +19,8 @@ pub enum Key {
     Creation(String),
     /// Stopping and starting the sandbox of that uid.
     Lifecycle(String),
+    /// Reading and then writing the annotations of the actor of that uid.
+    Annotations(String),
     /// An atespace.
     Atespace(String),
     /// A template: atespace and name.

@@ -40,6 +40,7 @@ pub mod names;
 pub mod policy;
 pub mod probe;
 pub mod quantity;
+pub mod receipt;
 pub mod service;
 pub mod session;
 pub mod supervisor;
@@ -103,7 +104,15 @@ pub async fn serve(
     let quit = shutdown.child_token();
     let (boots, failed_boots) = mpsc::unbounded_channel();
     let policies = Arc::new(OnceLock::new());
-    let sessions = session::Sessions::new(&config, &control, &delivery.master_key, &policies, quit.clone());
+    let (receipts, shown) = mpsc::unbounded_channel();
+    let sessions = session::Sessions::new(
+        &config,
+        &control,
+        &delivery.master_key,
+        &policies,
+        receipts.clone(),
+        quit.clone(),
+    );
     let (hub, hub_task) = hub::Hub::new(control.clone(), boots, sessions, quit.clone());
     let _ = policies.set(policy::Policies::new(control.clone(), hub.clone()));
     let class = config.default_sandbox_class;
@@ -119,10 +128,12 @@ pub async fn serve(
         gates: gates::Gates::default(),
         sweep: Arc::new(Notify::new()),
         debts: Mutex::default(),
+        receipts,
         tasks: tasks.clone(),
     });
     tasks.spawn(hub_task);
     tasks.spawn(journal::run(Arc::clone(&driver), quit.clone()));
+    tasks.spawn(receipt::run(Arc::clone(&driver), shown, quit.clone()));
     tasks.spawn(boot::run(Arc::clone(&driver), failed_boots, quit.clone()));
     if let Some(probes) = probes {
         // So that the first create need not wait for it.

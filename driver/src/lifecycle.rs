@@ -129,14 +129,18 @@ impl Driver {
             return Ok(());
         }
         let generation = actor.generation.to_string();
-        self.annotate(actor, BTreeMap::from([(names::STOPPED, generation)])).await
+        self.annotate(&actor.uid, BTreeMap::from([(names::STOPPED, generation)])).await
     }
 
     /// Adds annotations to those an actor has.
-    pub async fn annotate(&self, actor: &Actor, added: BTreeMap<&str, String>) -> Result<(), Failure> {
-        let mut annotations = actor.spec.clone().unwrap_or_default().annotations;
+    pub async fn annotate(&self, uid: &str, added: BTreeMap<&str, String>) -> Result<(), Failure> {
+        let _turn = self.gates.own(Key::Annotations(uid.to_owned())).await;
+        // They are replaced as a whole, so what others added meanwhile has to be among them.
+        let actor = self.control.get_actor(uid).await?;
+        let actor = actor.ok_or_else(|| Failure::Missing(format!("actor {uid} was deleted meanwhile")))?;
+        let mut annotations = actor.spec.unwrap_or_default().annotations;
         annotations.extend(added.into_iter().map(|(key, value)| (key.to_owned(), value)));
-        self.control.annotate(&actor.uid, annotations).await.map(|_| ())
+        self.control.annotate(uid, annotations).await.map(|_| ())
     }
 }
 

@@ -69,6 +69,7 @@ impl ComputeDriver for Service {
     ) -> Result<Response<compute::GetSandboxResponse>, Status> {
         let request = request.into_inner();
         let actor = self.driver.sandbox(&request.sandbox_id).await?;
+        self.driver.claimed(&actor);
         Ok(Response::new(compute::GetSandboxResponse { sandbox: condition::sandbox(&actor) }))
     }
 

@@ -10,6 +10,7 @@ use substrate_proto::compute::{WatchSandboxesEvent, watch_sandboxes_event::Paylo
 use substrate_session::hub::gateway::{Carrier, Connector};
 use substrate_session::hub::{self, Awake, Hub, View};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Uri;
 
@@ -17,6 +18,7 @@ use crate::condition::{self, Standing};
 use crate::config::Config;
 use crate::control::Control;
 use crate::policy::Policies;
+use crate::receipt::Receipt;
 use crate::{names, tls};
 
 /// Sessions of all sandboxes with a supervisor.
@@ -33,6 +35,7 @@ impl Sessions {
         control: &Control,
         master_key: &[u8],
         policies: &Arc<OnceLock<Policies>>,
+        receipts: mpsc::UnboundedSender<Receipt>,
         shutdown: CancellationToken,
     ) -> Option<Self> {
         let gateway = config.gateway_endpoint.clone().filter(|_| config.supervisor.mode.has_session())?;
@@ -51,10 +54,15 @@ impl Sessions {
                 policies.apply(&uid, answer).await.map_err(|failure| failure.to_string())
             })
         });
+        let witness: hub::Witness = Arc::new(move |uid, known| {
+            if receipts.send(Receipt { uid: uid.to_owned(), known }).is_err() {
+                tracing::debug!("nobody takes receipts: the driver is shutting down");
+            }
+        });
         let connector = connector(&gateway, config);
         let memory = config.supervisor.store.join("sessions");
-        let config =
-            hub::Config { master_key: master_key.to_vec(), memory, inspector, gateway, connector, waker };
+        let master_key = master_key.to_vec();
+        let config = hub::Config { master_key, memory, inspector, witness, gateway, connector, waker };
         Some(Self { hub: Hub::new(config, shutdown) })
     }
 

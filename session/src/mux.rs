@@ -40,6 +40,8 @@ const QUEUE: usize = 32;
 pub mod code {
     /// The caller is gone.
     pub const CANCELLED: u32 = 1;
+    /// What was asked for does not exist.
+    pub const NOT_FOUND: u32 = 5;
     /// A limit.
     pub const RESOURCE_EXHAUSTED: u32 = 8;
     /// What was asked for failed for reasons of our own.

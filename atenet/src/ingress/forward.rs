@@ -356,7 +356,7 @@ impl Router {
                         actor_uid: route.uid.clone(),
                         generation: route.generation,
                         port: u32::from(target.port),
-                        background: false,
+                        ..IngressOpen::default()
                     };
                     let error = match upstream::open(&route.endpoint, ask, OPEN_TIMEOUT).await {
                         Ok(stream) => return Ok((route, stream)),

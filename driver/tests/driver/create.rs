@@ -45,7 +45,7 @@ fn check_alice(stub: &Stub) {
     assert_eq!(spec.env["OPENSHELL_SANDBOX_ID"], ID);
     assert!(!spec.env.contains_key("OPENSHELL_SANDBOX_TOKEN"));
     assert_eq!(spec.labels[names::SANDBOX_ID], ID);
-    assert!(spec.annotations[names::CREATE].starts_with("done-"));
+    assert!(spec.annotations[names::CREATE].starts_with("made-"));
     let file = &world.files[ID][0];
     assert_eq!((file.path.as_str(), file.mode), (supervisor::TOKEN_PATH, 0o400));
     assert_eq!(file.content, b"header.e30.signature");
@@ -222,7 +222,7 @@ async fn a_gateway_that_hangs_up_does_not_interrupt_a_create() {
     call.abort();
     let settled = |stub: &Stub| {
         let actor = stub.actor(ID).and_then(|actor| actor.spec);
-        actor.is_some_and(|spec| spec.annotations[names::CREATE].starts_with("done-"))
+        actor.is_some_and(|spec| spec.annotations[names::CREATE].starts_with("made-"))
     };
     bench.stub.until(settled).await;
     assert_eq!(bench.list().await.unwrap().len(), 1);

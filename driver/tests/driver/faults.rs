@@ -57,7 +57,7 @@ async fn a_driver_killed_at_any_step_of_a_create_leaves_all_or_nothing() {
             None => stub.inventory().is_empty(),
             Some(actor) => {
                 let marks = actor.spec.unwrap_or_default().annotations;
-                marks.get(names::CREATE).is_some_and(|mark| mark.starts_with("done-"))
+                marks.get(names::CREATE).is_some_and(|mark| mark.starts_with("made-"))
             }
         };
         bench.stub.until(settled).await;

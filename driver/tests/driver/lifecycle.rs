@@ -14,6 +14,8 @@ async fn ready() -> Bench {
     let mut bench = Bench::start().await;
     bench.create(sandbox(ID, "alice")).await.unwrap();
     assert_eq!(phase(&bench.get(ID).await.unwrap()), "ready");
+    // The driver notes that somebody asked.
+    bench.stub.until(|stub| stub.calls("update_actor") == 2).await;
     bench
 }
 

@@ -7,6 +7,7 @@ mod gateway;
 mod lifecycle;
 mod probe;
 mod real;
+mod receipt;
 mod stub;
 mod tls;
 mod validate;

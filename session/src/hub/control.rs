@@ -459,6 +459,7 @@ impl Control {
                 self.remember();
                 self.failures = 0;
                 tracing::info!(actor = self.session.uid, "the gateway has a session with the sandbox");
+                (self.session.witness)(&self.session.uid, true);
                 self.accept_front();
             }
             Some(Payload::SessionRejected(rejected)) => self.leg_ended(REFUSALS[2], &rejected.reason),
@@ -504,6 +505,9 @@ impl Control {
                 message,
                 "the gateway refuses a session with the sandbox"
             );
+            if status == code::NOT_FOUND {
+                (self.session.witness)(&self.session.uid, false);
+            }
             self.hello = None;
             self.session.memory.forget(&self.session.uid);
             if let Some(front) = self.front.take() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 use substrate_proto::atenet::{IngressOpen, IngressOpened, ingress_opened::Code};
-use substrate_proto::session::{Attach, Attached, Challenge, Proof, challenge::Purpose};
+use substrate_proto::session::{Attach, Attached, Challenge, Proof};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
@@ -48,7 +48,8 @@ pub async fn attach(
     lacks_shell: impl FnOnce(bool),
 ) -> Result<(), DialError> {
     tokio::time::timeout(LIMIT, async {
-        let (mut stream, challenge, proof) = meet(uid, awake, key, Purpose::Link).await?;
+        let mut stream = open(uid, awake, Way::Background).await?;
+        let (challenge, proof) = meet(&mut stream, key).await?;
         lacks_shell(proof.lacks_shell);
         let over = |_| DialError::Stranger("the session is over");
         let ours = mux.stand().await.map_err(over)?;
@@ -82,40 +83,33 @@ pub async fn attach(
     .unwrap_or(Err(DialError::Late))
 }
 
-/// Opens a connection that counts as a request in flight while it is kept.
+/// Opens a connection that counts as a request in flight while it is kept. It ends at the worker.
 ///
 /// # Errors
 /// [`DialError`].
-pub async fn hold(uid: &str, awake: &Awake, key: &SessionKey) -> Result<UnixStream, DialError> {
-    tokio::time::timeout(LIMIT, async {
-        let (mut stream, challenge, proof) = meet(uid, awake, key, Purpose::Hold).await?;
-        let mac = key.prove("hub", &challenge.nonce, &proof.nonce);
-        wire::greet(&mut stream, &Attach { mac, ..Attach::default() }).await?;
-        wire::greeted::<Attached>(&mut stream).await?;
-        Ok(stream)
-    })
-    .await
-    .unwrap_or(Err(DialError::Late))
+pub async fn hold(uid: &str, awake: &Awake) -> Result<UnixStream, DialError> {
+    tokio::time::timeout(LIMIT, open(uid, awake, Way::Hold)).await.unwrap_or(Err(DialError::Late))
 }
 
-async fn meet(
-    uid: &str,
-    awake: &Awake,
-    key: &SessionKey,
-    purpose: Purpose,
-) -> Result<(UnixStream, Challenge, Proof), DialError> {
-    let mut stream = open(uid, awake, purpose == Purpose::Link).await?;
+async fn meet(stream: &mut UnixStream, key: &SessionKey) -> Result<(Challenge, Proof), DialError> {
     let nonce: [u8; NONCE] = wire::random()?;
-    let challenge = Challenge { version: wire::VERSION, nonce: nonce.to_vec(), purpose: purpose.into() };
-    wire::greet(&mut stream, &challenge).await?;
-    let proof: Proof = wire::greeted(&mut stream).await?;
+    let challenge = Challenge { version: wire::VERSION, nonce: nonce.to_vec() };
+    wire::greet(stream, &challenge).await?;
+    let proof: Proof = wire::greeted(stream).await?;
     if !key.verifies("shim", &challenge.nonce, &proof.nonce, &proof.mac) {
         return Err(DialError::Stranger("it does not know the session key"));
     }
-    Ok((stream, challenge, proof))
+    Ok((challenge, proof))
 }
 
-async fn open(uid: &str, awake: &Awake, background: bool) -> Result<UnixStream, DialError> {
+/// What a connection is to the worker (`atenet.v1.IngressOpen`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Background,
+    Hold,
+}
+
+async fn open(uid: &str, awake: &Awake, way: Way) -> Result<UnixStream, DialError> {
     let path = awake
         .endpoint
         .strip_prefix("unix:")
@@ -125,7 +119,8 @@ async fn open(uid: &str, awake: &Awake, background: bool) -> Result<UnixStream, 
         actor_uid: uid.to_owned(),
         generation: awake.generation,
         port: u32::from(HUB_PORT),
-        background,
+        background: way == Way::Background,
+        hold: way == Way::Hold,
     };
     stream.write_all(&ask.encode_length_delimited_to_vec()).await?;
     let opened = read_opened(&mut stream).await?;

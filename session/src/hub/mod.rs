@@ -77,6 +77,10 @@ pub type Waker = Arc<dyn Fn(String) -> BoxFuture<'static, Result<(), String>> + 
 /// is not passed on while this fails: the supervisor asks again.
 pub type Inspector = Arc<dyn Fn(String, Bytes) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
+/// Is told what the gateway has shown of the actor with that uid: it accepted a session with it (true), or has no such
+/// sandbox (false).
+pub type Witness = Arc<dyn Fn(&str, bool) + Send + Sync>;
+
 /// What the hub is made with.
 #[derive(Clone)]
 pub struct Config {
@@ -92,6 +96,8 @@ pub struct Config {
     pub waker: Waker,
     /// Sees policies.
     pub inspector: Inspector,
+    /// Hears of sandboxes that the gateway knows, or does not.
+    pub witness: Witness,
 }
 
 /// A handle on the hub; cheap to clone.
@@ -124,6 +130,7 @@ pub(crate) struct Session {
     pub(crate) relays: watch::Sender<usize>,
     pub(crate) memory: Memory,
     pub(crate) inspector: Inspector,
+    pub(crate) witness: Witness,
     pub(crate) tokens: token::Tokens,
     /// The image has no shell, as far as the shim has said.
     pub(crate) lacks_shell: AtomicBool,
@@ -188,6 +195,7 @@ impl Hub {
             relays: watch::channel(0).0,
             memory: self.memory(),
             inspector: Arc::clone(&config.inspector),
+            witness: Arc::clone(&config.witness),
             tokens: token::Tokens::default(),
             lacks_shell: AtomicBool::new(false),
             waker: Arc::clone(&config.waker),
@@ -289,7 +297,7 @@ async fn holding(session: Arc<Session>) {
             return;
         }
         let Some(target) = awake(&mut view).await else { return };
-        match dial::hold(&session.uid, &target, &session.key).await {
+        match dial::hold(&session.uid, &target).await {
             Ok(mut held) => {
                 tokio::select! {
                     done = relays.wait_for(|relays| *relays == 0) => if done.is_err() { return },

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use substrate_proto::session::{Attach, Attached, Challenge, Position, Proof, challenge::Purpose};
+use substrate_proto::session::{Attach, Attached, Challenge, Position, Proof};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -37,8 +37,7 @@ pub async fn serve(listener: TcpListener, key: SessionKey, mux: Mux, shell: &'st
             let shaken = tokio::time::timeout(HANDSHAKE, shake_hands(stream, &key, &mux, shell)).await;
             drop(permit);
             match shaken {
-                Ok(Ok(Some(held))) => hold(held).await,
-                Ok(Ok(None)) => {}
+                Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!(%error, "a connection to the hub's port was refused"),
                 Err(_) => tracing::debug!("a connection to the hub's port said too little"),
             }
@@ -46,19 +45,8 @@ pub async fn serve(listener: TcpListener, key: SessionKey, mux: Mux, shell: &'st
     }
 }
 
-/// Keeps a connection until the hub closes it.
-async fn hold(mut stream: TcpStream) {
-    let mut nothing = [0; 64];
-    while matches!(stream.read(&mut nothing).await, Ok(1..)) {}
-}
-
-/// Handles one connection; gives it back if it is only to be held.
-async fn shake_hands(
-    mut stream: TcpStream,
-    key: &SessionKey,
-    mux: &Mux,
-    shell: &str,
-) -> io::Result<Option<TcpStream>> {
+/// Handles one connection: gives it to the link, or closes it.
+async fn shake_hands(mut stream: TcpStream, key: &SessionKey, mux: &Mux, shell: &str) -> io::Result<()> {
     let refused = |why: &str| Err(io::Error::new(io::ErrorKind::PermissionDenied, why.to_owned()));
     stream.set_nodelay(true)?;
     let length = stream.read_u32().await?;
@@ -69,7 +57,7 @@ async fn shake_hands(
         tracing::trace!(length, "asked whether the shim is ready");
         stream.write_all(READY).await?;
         stream.shutdown().await?;
-        return Ok(None);
+        return Ok(());
     }
     let challenge: Challenge = wire::greeted_of(&mut stream, length).await?;
     if challenge.version != wire::VERSION || challenge.nonce.len() != NONCE {
@@ -86,10 +74,6 @@ async fn shake_hands(
     if !key.verifies("hub", &challenge.nonce, &nonce, &attach.mac) {
         return refused("who dialled is not the hub");
     }
-    if challenge.purpose() == Purpose::Hold {
-        wire::greet(&mut stream, &Attached { continues: true }).await?;
-        return Ok(Some(stream));
-    }
     let other: Position = attach.position.unwrap_or_default();
     let continues = attach.continues && mux.accepts(other.clone()).await.map_err(io::Error::other)?;
     if attach.fresh_link == 0 {
@@ -100,5 +84,5 @@ async fn shake_hands(
     if !mux.attach(ours, other, fresh, stream).await.map_err(io::Error::other)? {
         return refused("frames arrived over the connection before; the handshake has to be done again");
     }
-    Ok(None)
+    Ok(())
 }

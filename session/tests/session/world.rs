@@ -353,8 +353,18 @@ async fn pass(
     if code != Code::Ok {
         return;
     }
-    let count = if ask.background { background } else { held };
-    count.fetch_add(1, Ordering::SeqCst);
+    if ask.hold {
+        held.fetch_add(1, Ordering::SeqCst);
+        let mut nowhere = tokio::io::sink();
+        tokio::select! {
+            _ = gate.changed() => {}
+            _ = tokio::io::copy(&mut router, &mut nowhere) => {}
+        }
+        held.fetch_sub(1, Ordering::SeqCst);
+        return;
+    }
+    assert!(ask.background);
+    background.fetch_add(1, Ordering::SeqCst);
     let mut actor = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let copied = async {
         if cut_after == 0 {
@@ -371,7 +381,7 @@ async fn pass(
     if is_cut {
         actor.set_zero_linger().unwrap();
     }
-    count.fetch_sub(1, Ordering::SeqCst);
+    background.fetch_sub(1, Ordering::SeqCst);
 }
 
 /// Copies so many bytes each way at most, then breaks both connections.
@@ -409,6 +419,7 @@ pub fn hub(gateway: &Gateway, memory: &std::path::Path) -> Hubbed {
             let refused = answer.ends_with(b"refused");
             Box::pin(async move { if refused { Err("not understood".to_owned()) } else { Ok(()) } })
         }),
+        witness: Arc::new(|uid, known| assert!(known, "this gateway refuses nobody, and so not {uid}")),
         connector: Arc::new(move || {
             Box::pin(async move { Ok(Box::pin(TcpStream::connect(address).await?) as Pin<Box<dyn Carrier>>) })
         }),
