@@ -86,8 +86,8 @@ pub struct Link {
     written: usize,
     received: u64,
     digest: Digest,
-    /// Received since the last acknowledgement went out.
-    owes_acknowledgement: bool,
+    /// Bytes received since the last acknowledgement went out; frames without any count as one.
+    owed: usize,
 }
 
 impl Link {
@@ -139,7 +139,7 @@ impl Link {
     pub fn resume(&mut self, other: &Position) {
         self.acknowledge(other.received);
         self.written = 0;
-        self.owes_acknowledgement = false;
+        self.owed = 0;
     }
 
     fn acknowledge(&mut self, sequence: u64) {
@@ -159,18 +159,23 @@ impl Link {
         self.kept.push_back(Kept { digest: chain(&before, &frame), frame });
     }
 
-    /// Whether there is anything to write.
-    pub fn has_outgoing(&self) -> bool {
-        self.written < self.kept.len() || self.owes_acknowledgement
+    /// Whether there is a frame to write.
+    pub fn has_frame(&self) -> bool {
+        self.written < self.kept.len()
     }
 
-    /// The next to write on the present connection.
+    /// Bytes that the other end keeps because their acknowledgement did not go out yet.
+    pub fn owed(&self) -> usize {
+        self.owed
+    }
+
+    /// The next to write on the present connection; an acknowledgement alone, if one is owed and there is no frame.
     pub fn next_outgoing(&mut self) -> Option<Outgoing> {
         let next = self.kept.get(self.written).map(|kept| kept.frame.clone());
-        if next.is_none() && !self.owes_acknowledgement {
+        if next.is_none() && self.owed == 0 {
             return None;
         }
-        self.owes_acknowledgement = false;
+        self.owed = 0;
         let acknowledged = self.received;
         Some(match next {
             None => Outgoing { sequence: 0, acknowledged, frame: Bytes::new() },
@@ -199,7 +204,7 @@ impl Link {
         }
         self.received = incoming.sequence;
         self.digest = chain(&self.digest, &incoming.frame);
-        self.owes_acknowledgement = true;
+        self.owed += incoming.frame.len().max(1);
         Ok(Some(incoming.frame))
     }
 }
@@ -349,8 +354,9 @@ mod tests {
         /// Everything said arrives.
         fn settle(&mut self) {
             self.connect();
-            while self.hub.link.has_outgoing()
-                || self.shim.link.has_outgoing()
+            let busy = |end: &End| end.link.has_frame() || end.link.owed() > 0;
+            while busy(&self.hub)
+                || busy(&self.shim)
                 || !self.to_hub.is_empty()
                 || !self.to_shim.is_empty()
             {

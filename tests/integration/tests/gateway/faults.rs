@@ -139,6 +139,32 @@ async fn a_hub_killed_under_an_exec_ends_it_and_the_next_one_works() -> Result<(
     bed.stop().await
 }
 
+#[tokio::test]
+#[ignore = "needs OpenShell's own programs: set OPENSHELL_BIN_DIR and run with --ignored"]
+async fn a_token_that_expired_while_the_hub_was_away_is_said_and_costs_no_state() -> Result<()> {
+    const TTL: u64 = 5;
+    /// How long the gateway still takes a token after its end (`SANDBOX_JWT_EXP_LEEWAY_SECS`,
+    /// crates/openshell-server/src/auth/sandbox_jwt.rs at 2f7fb655).
+    const LEEWAY: u64 = 60;
+    let mut bed = Bed::start_with(&bin_dir()?, 1, TTL).await?;
+    let uid = bed.create("alice", &["sleep", "100000"]).await?;
+    bed.exec("alice", "echo kept > /tmp/kept").await?;
+    bed.fall_asleep(&uid).await?;
+    bed.machine.kill();
+    // Nothing to see from outside: every call with the token would be the hub's.
+    tokio::time::sleep(Duration::from_secs(TTL + LEEWAY + 2)).await;
+    bed.machine.restart().await?;
+    bed.until_told(&uid, "only a new sandbox gets one").await?;
+    ensure!(bed.phase("alice").await? != "Ready");
+    // Others go on, and what it holds can be had.
+    bed.create("bob", &["sleep", "100000"]).await?;
+    ensure!(bed.exec("bob", "echo here").await? == "here");
+    ensure!(bed.as_root("alice", "cat /tmp/kept")? == "kept");
+    bed.say(&["sandbox", "delete", "alice"]).await?;
+    bed.until_phase("alice", "gone").await?;
+    bed.stop().await
+}
+
 /// The last part of a layout's path.
 fn layout_name(reference: &str) -> String {
     reference.rsplit('/').next().unwrap_or_default().to_owned()
