@@ -6,6 +6,7 @@
 //! both ways until both sides are done, or until the actor's connections are cut.
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,13 +17,14 @@ use prost::Message as _;
 use substrate_proto::atenet::ingress_opened::Code;
 use substrate_proto::atenet::{IngressOpen, IngressOpened};
 use substrate_proto::seam::{ListenError, Peers, listen};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_stream::StreamExt as _;
 
 use crate::network::ACTOR_V4;
 use crate::occupancy::{Occupancy, Pass};
+use crate::seqpacket;
 
 /// Connections at once; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 4096;
@@ -95,6 +97,9 @@ async fn serve_connection(mut router: UnixStream, occupancy: &Occupancy) -> io::
         }
     };
     actor.set_nodelay(true)?;
+    if open.background {
+        return lend(router, &actor, &pass).await;
+    }
     answer(&mut router, Code::Ok, "").await?;
     let mut actor = Counted { stream: actor, pass };
     let cut = actor.pass.cut.clone();
@@ -107,6 +112,25 @@ async fn serve_connection(mut router: UnixStream, occupancy: &Occupancy) -> io::
             Ok(())
         }
         copied = tokio::io::copy_bidirectional(&mut router, &mut actor) => copied.map(drop),
+    }
+}
+
+/// Gives the connection itself to who asked, until they close the one they asked over.
+async fn lend(mut router: UnixStream, actor: &TcpStream, pass: &Pass) -> io::Result<()> {
+    let opened = IngressOpened { code: Code::Ok.into(), message: String::new() };
+    let (message, fds) = (opened.encode_length_delimited_to_vec(), [actor.as_raw_fd()]);
+    loop {
+        router.writable().await?;
+        match router.try_io(Interest::WRITABLE, || seqpacket::send(router.as_raw_fd(), &message, &fds)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            sent => break sent?,
+        }
+    }
+    let mut nowhere = tokio::io::sink();
+    tokio::select! {
+        // Resets it, also where it was given to (connect(2), AF_UNSPEC).
+        () = pass.cut.cancelled() => Ok(rustix::net::connect_unspec(actor)?),
+        ended = tokio::io::copy(&mut router, &mut nowhere) => ended.map(drop),
     }
 }
 
@@ -216,6 +240,45 @@ mod tests {
         let answer = ask(&open.encode_length_delimited_to_vec(), &occupancy).await.unwrap();
         assert_eq!(answer.code(), Code::Stale);
         assert!(ask(&[0xff, 0xff, 0xff, 0xff], &occupancy).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_lent_connection_is_reset_when_it_is_cut_and_ends_with_its_lease() {
+        let occupancy = Occupancy::new("w1");
+        let owner = Assignment { actor_uid: "a".into(), generation: 3, ..Assignment::default() };
+        occupancy.enter(owner, 8080);
+        occupancy.set_gate(true);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for cut in [true, false] {
+            let to_actor = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (mut actor, _) = listener.accept().await.unwrap();
+            let (hub, ours) = UnixStream::pair().unwrap();
+            let pass = occupancy.pass_background("a", 3).unwrap();
+            let served = tokio::spawn(async move { lend(ours, &to_actor, &pass).await });
+            hub.readable().await.unwrap();
+            let (message, mut fds) = seqpacket::receive(hub.as_raw_fd()).unwrap().unwrap();
+            assert_eq!(IngressOpened::decode_length_delimited(message.as_slice()).unwrap().code(), Code::Ok);
+            let lent = std::net::TcpStream::from(fds.remove(0));
+            lent.set_nonblocking(true).unwrap();
+            let mut lent = TcpStream::from_std(lent).unwrap();
+            lent.write_all(b"there").await.unwrap();
+            let mut heard = [0; 5];
+            actor.read_exact(&mut heard).await.unwrap();
+            assert_eq!(&heard, b"there");
+            occupancy.close_if_idle().unwrap();
+            occupancy.set_gate(true);
+            if cut {
+                occupancy.cut();
+                served.await.unwrap().unwrap();
+                let kind = |read: io::Result<u8>| read.unwrap_err().kind();
+                assert_eq!(kind(actor.read_u8().await), io::ErrorKind::ConnectionReset);
+                assert_eq!(kind(lent.read_u8().await), io::ErrorKind::ConnectionReset);
+            } else {
+                drop((hub, lent));
+                served.await.unwrap().unwrap();
+                assert_eq!(actor.read(&mut heard).await.unwrap(), 0);
+            }
+        }
     }
 
     #[tokio::test]

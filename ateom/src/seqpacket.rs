@@ -25,7 +25,7 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
-/// Sends one message; blocks or fails with EAGAIN as the socket is set.
+/// Sends one message, over a Unix socket of any type; blocks or fails with EAGAIN as the socket is set.
 ///
 /// # Errors
 /// As sendmsg(2).

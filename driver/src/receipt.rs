@@ -14,11 +14,12 @@
 //! A gateway stores its row before it asks for the sandbox and drops it on an error, so it answers NOT_FOUND only where
 //! it was told of an error, or after a delete. What is done is never deleted because a gateway does not know it: it may
 //! have lost its database.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use substrate_proto::ateapi::Actor;
+use substrate_session::hub::Shown;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -37,8 +38,8 @@ const UNCLAIMED: Duration = Duration::from_secs(150);
 pub struct Receipt {
     /// The actor's.
     pub uid: String,
-    /// The gateway has it; else it says that it has not.
-    pub known: bool,
+    /// What.
+    pub shown: Shown,
 }
 
 /// Settles receipts until the driver stops.
@@ -48,7 +49,19 @@ pub async fn run(
     shutdown: CancellationToken,
 ) {
     let work = async {
+        // Of whom it was said that their token is refused: supervisors ask again and again.
+        let mut refused = HashSet::new();
         while let Some(receipt) = receipts.recv().await {
+            let is_news = match receipt.shown {
+                Shown::Refused(_) => refused.insert(receipt.uid.clone()),
+                Shown::Accepted | Shown::Unknown => {
+                    refused.remove(&receipt.uid);
+                    true
+                }
+            };
+            if !is_news {
+                continue;
+            }
             let (at, quit) = (Arc::clone(&driver), shutdown.clone());
             // Each by itself: one waits for its sandbox's create, if that is under way.
             driver.tasks.spawn(async move {
@@ -71,7 +84,7 @@ pub async fn run(
 impl Driver {
     /// The gateway has asked for that sandbox.
     pub fn claimed(&self, actor: &Actor) {
-        let receipt = Receipt { uid: actor.uid.clone(), known: true };
+        let receipt = Receipt { uid: actor.uid.clone(), shown: Shown::Accepted };
         if create::made(actor).is_some() && self.receipts.send(receipt).is_err() {
             tracing::debug!("nobody takes receipts: the driver is shutting down");
         }
@@ -81,12 +94,35 @@ impl Driver {
         // After the create, if it is still under way.
         let _creation = self.gates.own(Key::Creation(receipt.uid.clone())).await;
         let Some(actor) = self.control.get_actor(&receipt.uid).await? else { return Ok(()) };
-        let Some(nonce) = create::made(&actor) else { return Ok(()) };
-        if receipt.known {
-            return self.annotate(&actor.uid, BTreeMap::from([(names::CREATE, create::done(nonce))])).await;
+        match (&receipt.shown, create::made(&actor), condition::sandbox_id(&actor)) {
+            (Shown::Accepted, Some(nonce), _) => {
+                let done = create::done(nonce);
+                self.annotate(&actor.uid, BTreeMap::from([(names::CREATE, done)])).await
+            }
+            (Shown::Unknown, Some(nonce), _) => {
+                tracing::info!(
+                    actor = actor.uid,
+                    "the gateway never got the answer of this create; taking it back"
+                );
+                self.take_back_unclaimed(&actor, nonce).await
+            }
+            (Shown::Refused(why), _, Some(id)) => {
+                let message = format!(
+                    "the gateway does not take the sandbox's token ({why}). A token that expired while the driver was \
+                     away cannot be renewed: only a new sandbox gets one. Nothing of this one is lost: `substrate exec \
+                     {}` still reaches its files",
+                    actor.name
+                );
+                self.hub
+                    .tell(mirror::platform_event(
+                        id,
+                        mirror::warning(mirror::now_ms(), "TokenRefused", message),
+                    ))
+                    .await;
+                Ok(())
+            }
+            _ => Ok(()),
         }
-        tracing::info!(actor = actor.uid, "the gateway never got the answer of this create; taking it back");
-        self.take_back_unclaimed(&actor, nonce).await
     }
 
     /// Makes room for a create of the same name, if what has it was never asked for; whether it did.

@@ -54,8 +54,8 @@ impl Sessions {
                 policies.apply(&uid, answer).await.map_err(|failure| failure.to_string())
             })
         });
-        let witness: hub::Witness = Arc::new(move |uid, known| {
-            if receipts.send(Receipt { uid: uid.to_owned(), known }).is_err() {
+        let witness: hub::Witness = Arc::new(move |uid, shown| {
+            if receipts.send(Receipt { uid: uid.to_owned(), shown }).is_err() {
                 tracing::debug!("nobody takes receipts: the driver is shutting down");
             }
         });

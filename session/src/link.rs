@@ -355,11 +355,7 @@ mod tests {
         fn settle(&mut self) {
             self.connect();
             let busy = |end: &End| end.link.has_frame() || end.link.owed() > 0;
-            while busy(&self.hub)
-                || busy(&self.shim)
-                || !self.to_hub.is_empty()
-                || !self.to_shim.is_empty()
-            {
+            while busy(&self.hub) || busy(&self.shim) || !self.to_hub.is_empty() || !self.to_shim.is_empty() {
                 for hub in [true, false] {
                     self.take(&Step::Write { hub });
                     self.take(&Step::Arrive { hub: !hub });

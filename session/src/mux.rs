@@ -14,14 +14,12 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use substrate_proto::session::stream_frame::Frame;
 use substrate_proto::session::{Head, Position, Reset, StreamFrame};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::link::{Link, Outgoing};
@@ -37,10 +35,9 @@ const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Consumed bytes are granted anew in steps of this.
 const GRANT: usize = WINDOW / 4;
 const QUEUE: usize = 32;
-/// An acknowledgement goes out with the next frame, or by itself once it is for so many bytes or so late: most of what
-/// passes is short and answered at once.
-const OWED_BYTES: usize = GRANT;
-const OWED_FOR: Duration = Duration::from_millis(20);
+/// An acknowledgement goes out with the next frame, or by itself once it is for so many bytes: most of what passes is short
+/// and answered at once. What is never acknowledged is kept by the other end, which a handshake frees too.
+const OWED: usize = GRANT;
 
 /// gRPC status codes used here.
 pub mod code {
@@ -54,6 +51,8 @@ pub mod code {
     pub const INTERNAL: u32 = 13;
     /// May be tried again.
     pub const UNAVAILABLE: u32 = 14;
+    /// Who asks is not known.
+    pub const UNAUTHENTICATED: u32 = 16;
 }
 
 /// What the other end said on a stream.
@@ -378,18 +377,9 @@ impl Mux {
 
 impl Task {
     async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
-        let mut due = None;
         loop {
-            due = match self.link.owed() {
-                0 => None,
-                _ => due.or_else(|| Some(Instant::now() + OWED_FOR)),
-            };
-            let writes = if self.link.has_frame() || self.link.owed() >= OWED_BYTES {
-                Writes::Now
-            } else {
-                due.map_or(Writes::Never, Writes::At)
-            };
-            match turn(&mut commands, self.connection.as_mut(), writes).await {
+            let may_write = self.link.has_frame() || self.link.owed() >= OWED;
+            match turn(&mut commands, self.connection.as_mut(), may_write).await {
                 Turn::Command(Some(command)) => self.command(command),
                 Turn::Command(None) => return,
                 Turn::Frame(frame) => self.arrived(frame),
@@ -605,34 +595,18 @@ enum Turn {
     Writable(Option<mpsc::OwnedPermit<Bytes>>),
 }
 
-/// When there is something to write.
-#[derive(Clone, Copy)]
-enum Writes {
-    Now,
-    At(Instant),
-    Never,
-}
-
 async fn turn(
     commands: &mut mpsc::UnboundedReceiver<Command>,
     connection: Option<&mut Connection>,
-    writes: Writes,
+    may_write: bool,
 ) -> Turn {
     let Some(Connection { incoming, outgoing, .. }) = connection else {
         return Turn::Command(commands.recv().await);
     };
-    let writable = async {
-        match writes {
-            Writes::Now => {}
-            Writes::At(time) => tokio::time::sleep_until(time).await,
-            Writes::Never => std::future::pending().await,
-        }
-        outgoing.clone().reserve_owned().await.ok()
-    };
     tokio::select! {
         command = commands.recv() => Turn::Command(command),
         frame = incoming.recv() => Turn::Frame(frame),
-        permit = writable => Turn::Writable(permit),
+        permit = outgoing.clone().reserve_owned(), if may_write => Turn::Writable(permit.ok()),
     }
 }
 

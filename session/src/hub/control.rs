@@ -39,7 +39,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::forward::forward;
 use super::gateway::{Gateway, chain};
-use super::{Session, View, metrics, token};
+use super::{Session, Shown, View, metrics, token};
 use crate::grpc::{self, Deframer, Framed};
 use crate::mux::{Opened, Receiver, Said, Sender, code};
 
@@ -459,7 +459,7 @@ impl Control {
                 self.remember();
                 self.failures = 0;
                 tracing::info!(actor = self.session.uid, "the gateway has a session with the sandbox");
-                (self.session.witness)(&self.session.uid, true);
+                (self.session.witness)(&self.session.uid, Shown::Accepted);
                 self.accept_front();
             }
             Some(Payload::SessionRejected(rejected)) => self.leg_ended(REFUSALS[2], &rejected.reason),
@@ -505,8 +505,13 @@ impl Control {
                 message,
                 "the gateway refuses a session with the sandbox"
             );
-            if status == code::NOT_FOUND {
-                (self.session.witness)(&self.session.uid, false);
+            let shown = match status {
+                code::NOT_FOUND => Some(Shown::Unknown),
+                code::UNAUTHENTICATED => Some(Shown::Refused(message.to_owned())),
+                _ => None,
+            };
+            if let Some(shown) = shown {
+                (self.session.witness)(&self.session.uid, shown);
             }
             self.hello = None;
             self.session.memory.forget(&self.session.uid);

@@ -2,13 +2,16 @@
 //! Connections from the hub to a shim: through the worker's ingress socket, then the handshake of
 //! `proto/session/v1/session.proto`.
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use prost::Message as _;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use substrate_proto::atenet::{IngressOpen, IngressOpened, ingress_opened::Code};
 use substrate_proto::session::{Attach, Attached, Challenge, Proof};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncWriteExt as _, Interest};
+use tokio::net::{TcpStream, UnixStream};
 
 use super::Awake;
 use crate::mux::Mux;
@@ -36,7 +39,8 @@ pub enum DialError {
     Late,
 }
 
-/// Opens a connection and gives it to the link. `lacks_shell` is told before that what the shim says of its sandbox.
+/// Opens a connection and gives it to the link. `lacks_shell` is told before that what the shim says of its sandbox. The
+/// connection is the worker's, lent until what is returned is dropped: that ends when the worker does.
 ///
 /// # Errors
 /// [`DialError`]; nothing was changed.
@@ -46,9 +50,10 @@ pub async fn attach(
     key: &SessionKey,
     mux: &Mux,
     lacks_shell: impl FnOnce(bool),
-) -> Result<(), DialError> {
+) -> Result<UnixStream, DialError> {
     tokio::time::timeout(LIMIT, async {
-        let mut stream = open(uid, awake, Way::Background).await?;
+        let (lease, lent) = open(uid, awake, Way::Background).await?;
+        let mut stream = lent.ok_or(DialError::Stranger("the worker gave no connection"))?;
         let (challenge, proof) = meet(&mut stream, key).await?;
         lacks_shell(proof.lacks_shell);
         let over = |_| DialError::Stranger("the session is over");
@@ -74,7 +79,7 @@ pub async fn attach(
         }
         if mux.attach(ours, theirs, fresh, stream).await.map_err(over)? {
             super::metrics::link(fresh.is_some());
-            Ok(())
+            Ok(lease)
         } else {
             Err(DialError::Stranger("the link moved on meanwhile"))
         }
@@ -88,10 +93,11 @@ pub async fn attach(
 /// # Errors
 /// [`DialError`].
 pub async fn hold(uid: &str, awake: &Awake) -> Result<UnixStream, DialError> {
-    tokio::time::timeout(LIMIT, open(uid, awake, Way::Hold)).await.unwrap_or(Err(DialError::Late))
+    let opened = tokio::time::timeout(LIMIT, open(uid, awake, Way::Hold)).await;
+    opened.unwrap_or(Err(DialError::Late)).map(|(held, _)| held)
 }
 
-async fn meet(stream: &mut UnixStream, key: &SessionKey) -> Result<(Challenge, Proof), DialError> {
+async fn meet(stream: &mut TcpStream, key: &SessionKey) -> Result<(Challenge, Proof), DialError> {
     let nonce: [u8; NONCE] = wire::random()?;
     let challenge = Challenge { version: wire::VERSION, nonce: nonce.to_vec() };
     wire::greet(stream, &challenge).await?;
@@ -109,7 +115,8 @@ enum Way {
     Hold,
 }
 
-async fn open(uid: &str, awake: &Awake, way: Way) -> Result<UnixStream, DialError> {
+/// Asks the worker; the connection to it, and the one to the actor that came with its answer.
+async fn open(uid: &str, awake: &Awake, way: Way) -> Result<(UnixStream, Option<TcpStream>), DialError> {
     let path = awake
         .endpoint
         .strip_prefix("unix:")
@@ -123,27 +130,56 @@ async fn open(uid: &str, awake: &Awake, way: Way) -> Result<UnixStream, DialErro
         hold: way == Way::Hold,
     };
     stream.write_all(&ask.encode_length_delimited_to_vec()).await?;
-    let opened = read_opened(&mut stream).await?;
+    let (opened, lent) = read_opened(&stream).await?;
     match opened.code() {
-        Code::Ok => Ok(stream),
+        Code::Ok => Ok((stream, lent)),
         code => Err(DialError::Refused(format!("{} {}", code.as_str_name(), opened.message))),
     }
 }
 
-/// Reads exactly one length-delimited message: what follows is the shim's.
-async fn read_opened(stream: &mut UnixStream) -> io::Result<IngressOpened> {
-    let mut length = 0_usize;
-    for shift in [0, 7, 14] {
-        let byte = stream.read_u8().await?;
-        length |= usize::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            break;
+/// Reads the one message that the worker answers with, and what is attached to it.
+async fn read_opened(stream: &UnixStream) -> io::Result<(IngressOpened, Option<TcpStream>)> {
+    let (mut answer, mut lent) = (Vec::new(), None);
+    loop {
+        stream.readable().await?;
+        let received = stream.try_io(Interest::READABLE, || receive(stream, &mut answer, &mut lent));
+        match received {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            received => received?,
+        };
+        if answer.len() > MAX_OPENED {
+            return Err(io::Error::other(format!("an answer of more than {MAX_OPENED} bytes")));
+        }
+        let mut rest = answer.as_slice();
+        // Not complete as long as its length is not, or fewer bytes follow than that.
+        let complete =
+            prost::encoding::decode_varint(&mut rest).is_ok_and(|length| length <= rest.len() as u64);
+        if complete {
+            let opened =
+                IngressOpened::decode_length_delimited(answer.as_slice()).map_err(io::Error::other)?;
+            let lent = lent.map(|fd: OwnedFd| {
+                let connection = std::net::TcpStream::from(fd);
+                connection.set_nonblocking(true)?;
+                TcpStream::from_std(connection)
+            });
+            return Ok((opened, lent.transpose()?));
         }
     }
-    if length > MAX_OPENED {
-        return Err(io::Error::other(format!("an answer of {length} bytes")));
+}
+
+/// Receives some of an answer, and a descriptor with it; how many bytes.
+fn receive(stream: &UnixStream, answer: &mut Vec<u8>, lent: &mut Option<OwnedFd>) -> io::Result<usize> {
+    let mut bytes = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [io::IoSliceMut::new(&mut bytes)];
+    let received = recvmsg(stream, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            *lent = fds.last();
+        }
     }
-    let mut message = vec![0; length];
-    stream.read_exact(&mut message).await?;
-    IngressOpened::decode(message.as_slice()).map_err(io::Error::other)
+    answer.extend_from_slice(&bytes[..received.bytes]);
+    Ok(received.bytes)
 }

@@ -77,9 +77,19 @@ pub type Waker = Arc<dyn Fn(String) -> BoxFuture<'static, Result<(), String>> + 
 /// is not passed on while this fails: the supervisor asks again.
 pub type Inspector = Arc<dyn Fn(String, Bytes) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
-/// Is told what the gateway has shown of the actor with that uid: it accepted a session with it (true), or has no such
-/// sandbox (false).
-pub type Witness = Arc<dyn Fn(&str, bool) + Send + Sync>;
+/// What the gateway has shown of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shown {
+    /// It accepted a session.
+    Accepted,
+    /// It has no such sandbox.
+    Unknown,
+    /// It does not take the sandbox's token, with what it said.
+    Refused(String),
+}
+
+/// Is told what the gateway has shown of the actor with that uid.
+pub type Witness = Arc<dyn Fn(&str, Shown) + Send + Sync>;
 
 /// What the hub is made with.
 #[derive(Clone)]
@@ -96,7 +106,7 @@ pub struct Config {
     pub waker: Waker,
     /// Sees policies.
     pub inspector: Inspector,
-    /// Hears of sandboxes that the gateway knows, or does not.
+    /// Hears what the gateway shows of sandboxes.
     pub witness: Witness,
 }
 
@@ -233,12 +243,14 @@ async fn connecting(session: Arc<Session>) {
         session.mux.detach();
         let lacks_shell = |lacks: bool| session.lacks_shell.store(lacks, Ordering::Relaxed);
         match dial::attach(&session.uid, &target, &session.key, &session.mux, lacks_shell).await {
-            Ok(()) => {
+            Ok(mut lease) => {
                 failures = 0;
                 tracing::debug!(actor = session.uid, generation = target.generation, "connected to the shim");
                 // A connection whose actor went elsewhere ends by itself: the slot cuts it.
-                if connected.wait_for(|connected| !connected).await.is_err() {
-                    return;
+                tokio::select! {
+                    lost = connected.wait_for(|connected| !connected) => if lost.is_err() { return },
+                    // Says nothing; ends with the worker.
+                    _ = tokio::io::AsyncReadExt::read_u8(&mut lease) => session.mux.detach(),
                 }
             }
             Err(error) => {

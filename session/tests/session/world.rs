@@ -3,6 +3,8 @@
 //! be cut and moved, a shim, and a supervisor. Hub and shim are the real ones.
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::io::IoSlice;
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,6 +19,7 @@ use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use prost::Message as _;
 use substrate_proto::atenet::{IngressOpen, IngressOpened, ingress_opened::Code};
 use substrate_proto::supervisor::{
@@ -25,7 +28,7 @@ use substrate_proto::supervisor::{
 };
 use substrate_session::grpc::{self, Deframer, Framed};
 use substrate_session::hub::gateway::Carrier;
-use substrate_session::hub::{Awake, Config, Hub, View};
+use substrate_session::hub::{Awake, Config, Hub, Shown, View};
 use substrate_session::mux::Mux;
 use substrate_session::shim::{hub_side, supervisor_side};
 use substrate_session::wire::SessionKey;
@@ -349,7 +352,9 @@ async fn pass(
         (true, true) => Code::Ok,
     };
     let answer = IngressOpened { code: code.into(), ..IngressOpened::default() };
-    router.write_all(&answer.encode_length_delimited_to_vec()).await.unwrap();
+    if code != Code::Ok || ask.hold {
+        router.write_all(&answer.encode_length_delimited_to_vec()).await.unwrap();
+    }
     if code != Code::Ok {
         return;
     }
@@ -365,12 +370,20 @@ async fn pass(
     }
     assert!(ask.background);
     background.fetch_add(1, Ordering::SeqCst);
+    // The hub gets a connection of its own to this copy.
+    let between = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let lent = std::net::TcpStream::connect(between.local_addr().unwrap()).unwrap();
+    let (mut hub, _) = between.accept().await.unwrap();
+    let message = answer.encode_length_delimited_to_vec();
+    let rights = [ControlMessage::ScmRights(&[lent.as_raw_fd()])];
+    sendmsg::<()>(router.as_raw_fd(), &[IoSlice::new(&message)], &rights, MsgFlags::empty(), None).unwrap();
+    drop(lent);
     let mut actor = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let copied = async {
         if cut_after == 0 {
-            let _ = tokio::io::copy_bidirectional(&mut router, &mut actor).await;
+            let _ = tokio::io::copy_bidirectional(&mut hub, &mut actor).await;
         } else {
-            cut(&mut router, &mut actor, cut_after).await;
+            cut(&mut hub, &mut actor, cut_after).await;
         }
         false
     };
@@ -385,14 +398,14 @@ async fn pass(
 }
 
 /// Copies so many bytes each way at most, then breaks both connections.
-async fn cut(router: &mut tokio::net::UnixStream, actor: &mut TcpStream, limit: usize) {
-    let (mut from_router, mut to_router) = router.split();
+async fn cut(hub: &mut TcpStream, actor: &mut TcpStream, limit: usize) {
+    let (mut from_hub, mut to_hub) = hub.split();
     let (mut from_actor, mut to_actor) = actor.split();
-    let mut down = (&mut from_router).take(limit as u64);
+    let mut down = (&mut from_hub).take(limit as u64);
     let mut up = (&mut from_actor).take(limit as u64);
     tokio::select! {
         _ = tokio::io::copy(&mut down, &mut to_actor) => {}
-        _ = tokio::io::copy(&mut up, &mut to_router) => {}
+        _ = tokio::io::copy(&mut up, &mut to_hub) => {}
     }
 }
 
@@ -419,7 +432,7 @@ pub fn hub(gateway: &Gateway, memory: &std::path::Path) -> Hubbed {
             let refused = answer.ends_with(b"refused");
             Box::pin(async move { if refused { Err("not understood".to_owned()) } else { Ok(()) } })
         }),
-        witness: Arc::new(|uid, known| assert!(known, "this gateway refuses nobody, and so not {uid}")),
+        witness: Arc::new(|_, shown| assert_eq!(shown, Shown::Accepted, "this gateway refuses nobody")),
         connector: Arc::new(move || {
             Box::pin(async move { Ok(Box::pin(TcpStream::connect(address).await?) as Pin<Box<dyn Carrier>>) })
         }),

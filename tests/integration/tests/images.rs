@@ -161,7 +161,9 @@ async fn a_microvm_of_a_large_image_serves_reaches_out_by_name_sleeps_and_wakes(
     let config = root.path().join("up.toml");
     std::fs::write(
         &config,
-        format!("[[egress.published]]\nname = \"model.test\"\nport = {port}\ntarget = \"127.0.0.1:{port}\"\n"),
+        format!(
+            "[[egress.published]]\nname = \"model.test\"\nport = {port}\ntarget = \"127.0.0.1:{port}\"\n"
+        ),
     )?;
     let kernel = workspace().join("target/tools/microvm");
     let more = [
@@ -189,8 +191,8 @@ async fn a_microvm_of_a_large_image_serves_reaches_out_by_name_sleeps_and_wakes(
         .await?;
     let (count, nonce) = machine.count("large").await?;
     let booted = begun.elapsed();
-    let expected = sample.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let read = format!("print(open('/{SAMPLE}', 'rb').read().hex())");
+    let expected = format!("{sample:?}");
+    let read = format!("print(list(open('/{SAMPLE}', 'rb').read()))");
     let ask = format!(
         "import urllib.request\nprint(urllib.request.urlopen('http://model.test:{port}/').read().decode())"
     );
@@ -204,6 +206,8 @@ async fn a_microvm_of_a_large_image_serves_reaches_out_by_name_sleeps_and_wakes(
         woken.push(begun.elapsed());
         ensure!((next, &same) == (count + cycle + 1, &nonce), "cycle {cycle}: {next} of {same}");
     }
-    eprintln!("a microVM of {files} files, {mebibytes} MiB: pulled, booted and answered in {booted:?}; woke in {woken:?}");
+    eprintln!(
+        "a microVM of {files} files, {mebibytes} MiB: pulled, booted and answered in {booted:?}; woke in {woken:?}"
+    );
     Ok(())
 }
