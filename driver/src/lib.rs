@@ -72,6 +72,9 @@ pub enum Error {
     /// The socket cannot be opened.
     #[error(transparent)]
     Listen(#[from] seam::ListenError),
+    /// The session hub cannot be started.
+    #[error("cannot start the session hub: {0}")]
+    Sessions(std::io::Error),
     /// The server failed.
     #[error("the driver's server on {path} failed: {source}")]
     Serve {
@@ -112,7 +115,8 @@ pub async fn serve(
         &policies,
         receipts.clone(),
         quit.clone(),
-    );
+    )
+    .map_err(Error::Sessions)?;
     let (hub, hub_task) = hub::Hub::new(control.clone(), boots, sessions, quit.clone());
     let _ = policies.set(policy::Policies::new(control.clone(), hub.clone()));
     let class = config.default_sandbox_class;

@@ -30,6 +30,9 @@ pub struct Sessions {
 impl Sessions {
     /// The hub, if the mode has sessions and a gateway is configured.
     /// Policies are known a moment later: they tell the watchers what they deny, and the watch feeds the sessions.
+    ///
+    /// # Errors
+    /// When the hub cannot be started.
     pub fn new(
         config: &Config,
         control: &Control,
@@ -37,8 +40,9 @@ impl Sessions {
         policies: &Arc<OnceLock<Policies>>,
         receipts: mpsc::UnboundedSender<Receipt>,
         shutdown: CancellationToken,
-    ) -> Option<Self> {
-        let gateway = config.gateway_endpoint.clone().filter(|_| config.supervisor.mode.has_session())?;
+    ) -> io::Result<Option<Self>> {
+        let gateway = config.gateway_endpoint.clone().filter(|_| config.supervisor.mode.has_session());
+        let Some(gateway) = gateway else { return Ok(None) };
         let (control, limit) = (control.clone(), config.stop_timeout);
         let waker: hub::Waker = Arc::new(move |uid| {
             let control = control.clone();
@@ -63,7 +67,7 @@ impl Sessions {
         let memory = config.supervisor.store.join("sessions");
         let master_key = master_key.to_vec();
         let config = hub::Config { master_key, memory, inspector, witness, gateway, connector, waker };
-        Some(Self { hub: Hub::new(config, shutdown) })
+        Ok(Some(Self { hub: Hub::new(config, shutdown)? }))
     }
 
     /// Takes a change in, with what it means to the gateway.

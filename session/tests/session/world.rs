@@ -443,7 +443,7 @@ pub fn hub(gateway: &Gateway, memory: &std::path::Path) -> Hubbed {
             Box::pin(std::future::ready(Ok(())))
         }),
     };
-    Hubbed { hub: Hub::new(config, end.clone()), wakes, wanted, _end: end.drop_guard() }
+    Hubbed { hub: Hub::new(config, end.clone()).unwrap(), wakes, wanted, _end: end.drop_guard() }
 }
 
 /// A supervisor: opens a session and answers each RelayOpen with a stream that echoes.
