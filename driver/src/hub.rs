@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A subscriber that does not read is cut off once its queue is full, and finds everything again when it reconnects;
-//! platform events are dropped before that.
+//! platform events are dropped before that. Warnings that nobody was there for are kept for the next one.
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +35,8 @@ use crate::session::Sessions;
 const QUEUE: usize = 8192;
 /// Places in a queue that platform events may not take.
 const KEPT_FOR_STATE: usize = 4096;
+/// Warnings kept while nobody watches.
+const KEPT_WARNINGS: usize = 256;
 const SUBSCRIBE_WAIT: Duration = Duration::from_secs(5);
 
 /// Events for one watcher: a full snapshot, then changes.
@@ -74,6 +77,7 @@ impl Hub {
             complete: false,
             subscribers: Vec::new(),
             waiting: Vec::new(),
+            unheard: VecDeque::new(),
             backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
             trouble: trouble_sender,
         };
@@ -172,6 +176,8 @@ struct Task {
     complete: bool,
     subscribers: Vec<mpsc::Sender<WatchSandboxesEvent>>,
     waiting: Vec<oneshot::Sender<Events>>,
+    /// Warnings that nobody was there for.
+    unheard: VecDeque<WatchSandboxesEvent>,
     backoff: Backoff,
     trouble: watch::Sender<Option<Arc<str>>>,
 }
@@ -252,10 +258,12 @@ impl Task {
         }
         for waiting in self.waiting.drain(..) {
             let (sender, changes) = mpsc::channel(QUEUE);
-            let snapshot = self.mirror.snapshot();
-            let events: Events = Box::pin(stream::iter(snapshot).chain(ReceiverStream::new(changes)));
+            let mut first = self.mirror.snapshot();
+            first.extend(self.unheard.iter().cloned());
+            let events: Events = Box::pin(stream::iter(first).chain(ReceiverStream::new(changes)));
             if waiting.send(events).is_ok() {
                 self.subscribers.push(sender);
+                self.unheard.clear();
             }
         }
     }
@@ -265,6 +273,8 @@ impl Task {
             sessions.follow(event);
         }
         let minor = matches!(event.payload, Some(Payload::PlatformEvent(_)));
+        let warns = matches!(&event.payload, Some(Payload::PlatformEvent(told))
+            if told.event.as_ref().is_some_and(|event| event.r#type == "Warning"));
         self.subscribers.retain(|subscriber| {
             if minor && subscriber.capacity() < KEPT_FOR_STATE {
                 return !subscriber.is_closed();
@@ -278,5 +288,11 @@ impl Task {
                 }
             }
         });
+        if warns && self.subscribers.is_empty() {
+            if self.unheard.len() == KEPT_WARNINGS {
+                self.unheard.pop_front();
+            }
+            self.unheard.push_back(event.clone());
+        }
     }
 }

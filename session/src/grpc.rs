@@ -2,6 +2,7 @@
 //! As much of gRPC over HTTP/2 as is needed to carry it: message framing, heads, statuses.
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 use prost::Message;
 use substrate_proto::session::{Head, Header};
 
@@ -12,6 +13,9 @@ const PREFIX: usize = 5;
 /// Headers that belong to a connection and not to a call.
 const OF_THE_CONNECTION: [&str; 6] =
     ["connection", "host", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"];
+
+/// What stands encoded in a `grpc-message` ("PROTOCOL-HTTP2.md" of gRPC), besides what is not ASCII.
+const ENCODED: AsciiSet = CONTROLS.add(b'%');
 
 /// A message longer than [`MAX_MESSAGE`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -116,7 +120,7 @@ pub fn status(code: u32, message: &str) -> Head {
     };
     put("grpc-status", code.to_string());
     if !message.is_empty() {
-        put("grpc-message", percent_encoded(message));
+        put("grpc-message", utf8_percent_encode(message, &ENCODED).to_string());
     }
     head
 }
@@ -124,22 +128,8 @@ pub fn status(code: u32, message: &str) -> Head {
 /// The status in headers or trailers.
 pub fn status_of(headers: &HeaderMap) -> Option<(u32, String)> {
     let code = headers.get("grpc-status")?.to_str().ok()?.parse().ok()?;
-    let message = headers.get("grpc-message").and_then(|value| value.to_str().ok()).unwrap_or_default();
-    Some((code, message.to_owned()))
-}
-
-/// gRPC's Percent-Byte-Encoding.
-fn percent_encoded(message: &str) -> String {
-    use std::fmt::Write as _;
-    message.bytes().fold(String::new(), |mut text, byte| {
-        if (b' '..=b'~').contains(&byte) && byte != b'%' {
-            text.push(char::from(byte));
-        } else {
-            // Writing to a string cannot fail.
-            let _ = write!(text, "%{byte:02X}");
-        }
-        text
-    })
+    let message = headers.get("grpc-message").map(|value| percent_decode(value.as_bytes()).decode_utf8_lossy());
+    Some((code, message.unwrap_or_default().into_owned()))
 }
 
 #[cfg(test)]
@@ -174,6 +164,6 @@ mod tests {
     fn a_status_survives_the_way_as_headers() {
         let head = status(14, "gone: 100 %\n");
         let (code, message) = status_of(&headers(&head)).unwrap();
-        assert_eq!((code, message.as_str()), (14, "gone: 100 %25%0A"));
+        assert_eq!((code, message.as_str()), (14, "gone: 100 %\n"));
     }
 }

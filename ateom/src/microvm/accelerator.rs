@@ -313,5 +313,14 @@ mod tests {
         assert_eq!(found.why_not_kvm, "there is no /does/not/exist");
         let error = none.choose(Wanted::Kvm, "a", None).unwrap_err().to_string();
         assert!(error.contains("cannot run guests under KVM: there is no"), "{error}");
+        // Permission that root lacks too (kernfs gives EACCES where a file has no bit for writing).
+        let forbidden = probe(Path::new("/sys/devices/system/cpu/online"));
+        let found = forbidden.choose(Wanted::Auto, "a", None).unwrap();
+        assert_eq!(found.accelerator, Accelerator::Tcg);
+        let error = forbidden.choose(Wanted::Kvm, "a", None).unwrap_err().to_string();
+        for said in [found.why_not_kvm, error] {
+            assert!(said.contains("Permission denied") && said.contains("member of its group"), "{said}");
+        }
+        assert_eq!(starts(dir.path()), 1, "the other two are known without a guest");
     }
 }

@@ -3,14 +3,15 @@
 use std::convert::Infallible;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{Stream, StreamExt as _, stream};
 use openshell_driver_substrate::{Config, Supervisor, SupervisorMode, bundle, mirror, names};
+use substrate_proto::compute::watch_sandboxes_event::Payload;
 use substrate_proto::session::Head;
 use substrate_proto::supervisor::{
     GatewayMessage, SessionAccepted, SupervisorHello, SupervisorMessage, gateway_message, supervisor_message,
@@ -29,11 +30,12 @@ fn mark(stub: &Stub, id: &str) -> Option<String> {
     Some(marks[names::CREATE].split('-').next().unwrap_or_default().to_owned())
 }
 
-/// A gateway that accepts sessions, or has no such sandbox (`handle_connect_supervisor`, `require_persisted_sandbox` in
-/// crates/openshell-server/src/supervisor_session.rs at 2f7fb655).
+/// A gateway that accepts sessions, or answers otherwise: with NOT_FOUND where it has no such sandbox
+/// (`handle_connect_supervisor`, `require_persisted_sandbox` in crates/openshell-server/src/supervisor_session.rs at
+/// 2f7fb655), with UNAUTHENTICATED where it does not take the token (`validate_exp` in auth/sandbox_jwt.rs).
 #[derive(Clone)]
 struct Sessions {
-    knows: Arc<AtomicBool>,
+    says: Arc<Mutex<Code>>,
     asked: Arc<AtomicUsize>,
     end: Arc<Notify>,
 }
@@ -43,8 +45,9 @@ type Said = Pin<Box<dyn Stream<Item = Result<GatewayMessage, Status>> + Send>>;
 impl Sessions {
     fn connect(&self) -> Result<Response<Said>, Status> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        if !self.knows.load(Ordering::SeqCst) {
-            return Err(Status::not_found("sandbox not found"));
+        let says = *self.says.lock().unwrap();
+        if says != Code::Ok {
+            return Err(Status::new(says, "says the gateway"));
         }
         let accepted = SessionAccepted { session_id: "s".to_owned(), heartbeat_interval_secs: 15 };
         let payload = Some(gateway_message::Payload::SessionAccepted(accepted));
@@ -82,9 +85,9 @@ impl tower::Service<http::Request<tonic::body::Body>> for Sessions {
     }
 }
 
-async fn gateway(knows: bool) -> (Sessions, String) {
+async fn gateway(says: Code) -> (Sessions, String) {
     let sessions =
-        Sessions { knows: Arc::new(knows.into()), asked: Arc::default(), end: Arc::new(Notify::new()) };
+        Sessions { says: Arc::new(says.into()), asked: Arc::default(), end: Arc::new(Notify::new()) };
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
@@ -118,7 +121,7 @@ async fn driver(store: &Path, gateway: &str) -> Bench {
 #[tokio::test]
 async fn a_sandbox_that_its_gateway_does_not_know_is_taken_back() {
     let store = tempfile::tempdir().unwrap();
-    let (_sessions, endpoint) = gateway(false).await;
+    let (_sessions, endpoint) = gateway(Code::NotFound).await;
     let mut bench = driver(store.path(), &endpoint).await;
     bench.create(sandbox(ID, "alice")).await.unwrap();
     bench.stub.until(|stub| !stub.inventory().iter().any(|thing| !thing.starts_with("atespace"))).await;
@@ -128,18 +131,43 @@ async fn a_sandbox_that_its_gateway_does_not_know_is_taken_back() {
 #[tokio::test]
 async fn a_sandbox_that_its_gateway_has_known_stays_when_the_gateway_forgets_it() {
     let store = tempfile::tempdir().unwrap();
-    let (sessions, endpoint) = gateway(true).await;
+    let (sessions, endpoint) = gateway(Code::Ok).await;
     let mut bench = driver(store.path(), &endpoint).await;
     bench.create(sandbox(ID, "alice")).await.unwrap();
     bench.stub.until(|stub| mark(stub, ID).as_deref() == Some("done")).await;
     // It lost its database.
-    sessions.knows.store(false, Ordering::SeqCst);
+    *sessions.says.lock().unwrap() = Code::NotFound;
     let looked = bench.stub.calls("get_actor");
     sessions.end.notify_one();
     bench.stub.until(|stub| stub.calls("get_actor") > looked).await;
     assert_eq!(sessions.asked.load(Ordering::SeqCst), 2);
     // Whatever was to follow that look.
     tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(bench.list().await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_token_that_is_refused_is_told_also_to_a_gateway_that_watches_later() {
+    let store = tempfile::tempdir().unwrap();
+    let (sessions, endpoint) = gateway(Code::Unauthenticated).await;
+    let mut bench = driver(store.path(), &endpoint).await;
+    bench.create(sandbox(ID, "alice")).await.unwrap();
+    bench.stub.until(|_| sessions.asked.load(Ordering::SeqCst) == 1).await;
+    // Its word is passed on beside the calls.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut watching = bench.watch().await.unwrap();
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(20), watching.message()).await;
+        let event = event.expect("an event in time").unwrap().expect("the watch goes on");
+        if let Some(Payload::PlatformEvent(told)) = event.payload
+            && let Some(told) = told.event.filter(|told| told.reason == "TokenRefused")
+        {
+            for part in ["says the gateway", "only a new sandbox gets one", "substrate exec alice"] {
+                assert!(told.message.contains(part), "{}", told.message);
+            }
+            break;
+        }
+    }
     assert_eq!(bench.list().await.unwrap().len(), 1);
 }
 

@@ -146,7 +146,7 @@ async fn a_token_that_expired_while_the_hub_was_away_is_said_and_costs_no_state(
     /// How long the gateway still takes a token after its end (`SANDBOX_JWT_EXP_LEEWAY_SECS`,
     /// crates/openshell-server/src/auth/sandbox_jwt.rs at 2f7fb655).
     const LEEWAY: u64 = 60;
-    let mut bed = Bed::start_with(&bin_dir()?, 1, TTL).await?;
+    let mut bed = Bed::start_with(&bin_dir()?, 2, TTL).await?;
     let uid = bed.create("alice", &["sleep", "100000"]).await?;
     bed.exec("alice", "echo kept > /tmp/kept").await?;
     bed.fall_asleep(&uid).await?;
