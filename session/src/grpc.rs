@@ -128,7 +128,8 @@ pub fn status(code: u32, message: &str) -> Head {
 /// The status in headers or trailers.
 pub fn status_of(headers: &HeaderMap) -> Option<(u32, String)> {
     let code = headers.get("grpc-status")?.to_str().ok()?.parse().ok()?;
-    let message = headers.get("grpc-message").map(|value| percent_decode(value.as_bytes()).decode_utf8_lossy());
+    let message =
+        headers.get("grpc-message").map(|value| percent_decode(value.as_bytes()).decode_utf8_lossy());
     Some((code, message.unwrap_or_default().into_owned()))
 }
 

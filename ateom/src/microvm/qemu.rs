@@ -551,6 +551,7 @@ mod tests {
     fn versions_and_machines_are_read_from_qemus_words() {
         assert_eq!(parse_version("7.2.22 (Debian 1:7.2+dfsg-7)"), Some((7, 2)));
         assert_eq!(parse_version("10.0.2"), Some((10, 0)));
+        assert_eq!(parse_version("53.0-246-gae44c2971"), Some((53, 0)));
         assert_eq!(parse_version("git"), None);
         let help = "Supported machines are:\npc  Standard PC (alias of pc-i440fx-7.2)\n\
                     q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)\n\

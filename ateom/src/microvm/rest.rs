@@ -107,7 +107,7 @@ impl RestVm {
         Ok(Self { rest, process, directory, agent: Mutex::new(None) })
     }
 
-    /// One request; what it refuses is said in its words, or why the monitor is dead.
+    /// One request, without a body if that is null; what it refuses is said in its words, or why the monitor is dead.
     ///
     /// # Errors
     /// [`RuntimeError`].
@@ -208,12 +208,14 @@ impl Rest {
                 .await
                 .map_err(|error| error.to_string())?;
             tokio::spawn(connection);
+            // cloud-hypervisor refuses a body, even an empty object, where nothing is to be said.
+            let body = if body.is_null() { Bytes::new() } else { Bytes::from(body.to_string()) };
             let request = hyper::Request::builder()
                 .method(method)
                 .uri(path)
                 .header("Host", "localhost")
                 .header("Content-Type", "application/json")
-                .body(Full::new(Bytes::from(body.to_string())))
+                .body(Full::new(body))
                 .map_err(|error| error.to_string())?;
             let answer = sender.send_request(request).await.map_err(|error| error.to_string())?;
             let status = answer.status();

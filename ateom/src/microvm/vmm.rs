@@ -29,7 +29,7 @@ pub fn arguments(machine: &Machine) -> &'static str {
 
 /// Major and minor of a version that begins a text.
 pub fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut parts = text.split(['.', ' ', '(']);
+    let mut parts = text.split(|letter: char| !letter.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
