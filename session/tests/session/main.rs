@@ -53,6 +53,7 @@ async fn it_sleeps_and_wakes_for_relays_without_the_gateway_or_the_supervisor_no
         echo(&mut relay, b"hello").await;
         assert!(world.hubbed.wakes.load(Ordering::SeqCst) > wakes);
         // A relay that is still closing would wake it by itself.
+        until("the hold", || world.sandbox.held.load(Ordering::SeqCst) == 1).await;
         drop(relay);
         until("the release", || world.sandbox.held.load(Ordering::SeqCst) == 0).await;
         wanted.mark_unchanged();
