@@ -14,6 +14,8 @@ use anyhow::{Context as _, Result, ensure};
 use substrate_integration::{Machine, actor, counter_template, image, workspace};
 use substrate_proto::{ateapi, types};
 
+/// What is measured here is not measured beside the other.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 /// A file of the large image.
 const SAMPLE: &str = "large/d7/f7";
 
@@ -98,6 +100,7 @@ async fn boot(machine: &mut Machine, template: &str) -> Result<Duration> {
 
 #[tokio::test]
 async fn the_second_actor_of_a_large_image_is_as_fast_as_one_of_a_small_one() -> Result<()> {
+    let _alone = ALONE.lock().await;
     let (files, mebibytes) = (setting("SUBSTRATE_IMAGE_FILES", 3000), setting("SUBSTRATE_IMAGE_MIB", 48));
     let gate = if files >= 100_000 { 1.2 } else { 1.5 };
     let root = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
@@ -154,6 +157,7 @@ fn python(machine: &Machine, actor: &str, script: &str) -> Result<String> {
 
 #[tokio::test]
 async fn a_microvm_of_a_large_image_serves_reaches_out_by_name_sleeps_and_wakes() -> Result<()> {
+    let _alone = ALONE.lock().await;
     let (files, mebibytes) = (setting("SUBSTRATE_IMAGE_FILES", 3000), setting("SUBSTRATE_IMAGE_MIB", 48));
     let root = tempfile::Builder::new().prefix("sub-").tempdir_in("/tmp")?;
     let (large, sample) = enlarge(root.path(), files, mebibytes)?;
