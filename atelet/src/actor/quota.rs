@@ -12,7 +12,7 @@
 //! are one file system.
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,9 +25,8 @@ use crate::durable;
 
 /// Name of the volume's own directory in its file system.
 const DATA: &str = "data";
-/// How often unused space is given back at most, and how long is waited the longer the more often.
+/// How often unused space is given back at most before a volume stays as large as it is.
 const TRIMS: u32 = 5;
-const SETTLE: Duration = Duration::from_millis(20);
 /// What a volume's file may hold beyond what is in it, bytes.
 const SLACK: u64 = 1 << 20;
 /// How long a volume may be in somebody's use before it stays mounted.
@@ -69,15 +68,7 @@ impl QuotaVolume {
         let file = File::options().write(true).open(&self.image).map_err(durable::at("open", &self.image))?;
         reserve(&file).map_err(durable::at("reserve the space of", &self.image))?;
         drop(file);
-        match std::fs::create_dir(&self.mount) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(durable::at("create", &self.mount)(error));
-            }
-            _ => {}
-        }
-        run(Command::new("mount")
-            .args(["-t", "ext4", "-o", "loop,noatime,nosuid,nodev,noinit_itable"])
-            .args([&self.image, &self.mount]))?;
+        self.mount()?;
         let data = self.data();
         if !data.is_dir() {
             std::fs::create_dir(&data).map_err(durable::at("create", &data))?;
@@ -86,6 +77,18 @@ impl QuotaVolume {
                 .map_err(durable::at("chmod", &data))?;
         }
         Ok(data)
+    }
+
+    fn mount(&self) -> io::Result<()> {
+        match std::fs::create_dir(&self.mount) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(durable::at("create", &self.mount)(error));
+            }
+            _ => {}
+        }
+        run(Command::new("mount")
+            .args(["-t", "ext4", "-o", "loop,noatime,nosuid,nodev,noinit_itable"])
+            .args([&self.image, &self.mount]))
     }
 
     fn make(&self, size: u64) -> io::Result<()> {
@@ -128,10 +131,29 @@ impl QuotaVolume {
         if !is_mounted(&self.mount)? {
             return Ok(());
         }
-        // Only costs space.
-        if let Err(error) = self.give_back() {
-            tracing::debug!(volume = %self.mount.display(), %error, "cannot give back unused space");
+        for attempt in 1.. {
+            let trimmed = self.trim();
+            self.unmount()?;
+            // What was deleted is free once its journal is written and nobody has it open: sure only now.
+            match trimmed.and_then(|()| self.kept()) {
+                Ok(kept) if kept > SLACK && attempt < TRIMS => self.mount()?,
+                Ok(_) => break,
+                Err(error) => {
+                    // Only costs space.
+                    tracing::debug!(volume = %self.mount.display(), %error, "cannot give back unused space");
+                    break;
+                }
+            }
         }
+        Ok(())
+    }
+
+    fn trim(&self) -> io::Result<()> {
+        nix::unistd::syncfs(File::open(&self.mount)?)?;
+        run(Command::new("fstrim").arg(&self.mount))
+    }
+
+    fn unmount(&self) -> io::Result<()> {
         let deadline = Instant::now() + BUSY;
         loop {
             match nix::mount::umount2(&self.mount, MntFlags::empty()) {
@@ -146,22 +168,13 @@ impl QuotaVolume {
         }
     }
 
-    /// Makes the file as small as what it holds.
-    fn give_back(&self) -> io::Result<()> {
-        for attempt in 0..TRIMS {
-            // What was deleted is free once that is written, and in fact a moment later.
-            std::thread::sleep(SETTLE * attempt);
-            nix::unistd::syncfs(File::open(&self.mount)?)?;
-            run(Command::new("fstrim").arg(&self.mount))?;
-            let (meta, of) = (self.image.metadata()?, nix::sys::statvfs::statvfs(&self.mount)?);
-            let blocks = |number: u64| number * of.fragment_size();
-            // All but the free blocks: data, and what the file system needs itself.
-            let holds = meta.len().saturating_sub(blocks(of.blocks_free()));
-            if meta.blocks() * 512 <= holds + SLACK {
-                break;
-            }
-        }
-        Ok(())
+    /// Bytes the unmounted volume's file takes on the disk for nothing.
+    fn kept(&self) -> io::Result<u64> {
+        let file = File::open(&self.image).map_err(durable::at("open", &self.image))?;
+        let mut superblock = [0; 1024];
+        file.read_exact_at(&mut superblock, 1024).map_err(durable::at("read", &self.image))?;
+        let meta = file.metadata()?;
+        Ok((meta.blocks() * 512).saturating_sub(meta.len().saturating_sub(free_space(&superblock))))
     }
 
     /// Removes it with its data.
@@ -173,6 +186,16 @@ impl QuotaVolume {
         durable::remove_file(&self.image)?;
         durable::remove_tree(&self.mount)
     }
+}
+
+/// Bytes an ext4 file system has free, by its superblock: `s_free_blocks_count_lo` at 0xc, `s_log_block_size` at 0x18
+/// and `s_free_blocks_count_hi` at 0x158 (the kernel's Documentation/filesystems/ext4/super.rst).
+fn free_space(superblock: &[u8; 1024]) -> u64 {
+    let field = |at: usize| {
+        let bytes = superblock[at..at + 4].try_into().expect("four bytes");
+        u64::from(u32::from_le_bytes(bytes))
+    };
+    (field(0x158) << 32 | field(0xc)) << (10 + field(0x18))
 }
 
 /// Every volume in `volumes` that has a file system of its own, by name.
@@ -252,12 +275,11 @@ mod tests {
         };
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert!(written >= size && written <= reserved(size), "{written} of {size} bytes fit");
-        drop(file);
         std::fs::remove_file(data.join("big")).unwrap();
         std::fs::write(data.join("small"), b"kept").unwrap();
         assert_eq!(volume.open(size).unwrap(), data, "open once more is nothing");
-        // In somebody's use for a moment.
-        let used = File::open(&data).unwrap();
+        // In somebody's use for a moment, as is what was deleted.
+        let used = (File::open(&data).unwrap(), file);
         let user = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(300));
             drop(used);
