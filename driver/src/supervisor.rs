@@ -25,7 +25,7 @@ use substrate_proto::compute::GatewayListenerRequirement;
 use substrate_proto::types::{
     ActorSpec, Container, File, HttpGet, ImageMount, Readiness, SecurityContext, TemplateSpec,
 };
-use substrate_session::shim::{HUB_PORT, READY_PATH, STAND_IN, SUPERVISOR_PORT};
+use substrate_session::shim::{HUB_PORT, READY_PATH, STAND_IN, SUPERVISOR_SOCKET};
 use substrate_session::wire::SessionKey;
 
 use crate::bundle;
@@ -284,7 +284,7 @@ fn environment(
         env.insert(name.to_owned(), value);
     };
     let (user_name, uid, gid) = sandbox_user(config, wanted);
-    set("OPENSHELL_ENDPOINT", format!("http://127.0.0.1:{SUPERVISOR_PORT}"));
+    set("OPENSHELL_ENDPOINT", format!("unix:{SUPERVISOR_SOCKET}"));
     set("OPENSHELL_SSH_SOCKET_PATH", SSH_SOCKET.to_owned());
     set("OPENSHELL_OCI_IMAGE_USER", user_name);
     set("OPENSHELL_SANDBOX_UID", uid);
@@ -506,7 +506,7 @@ mod tests {
     fn no_environment_of_the_user_replaces_what_the_driver_says() {
         let (template, actor, _) = delivered();
         assert_eq!(actor.env["OPENSHELL_SANDBOX_ID"], "sb-1");
-        assert_eq!(actor.env["OPENSHELL_ENDPOINT"], format!("http://127.0.0.1:{SUPERVISOR_PORT}"));
+        assert_eq!(actor.env["OPENSHELL_ENDPOINT"], format!("unix:{SUPERVISOR_SOCKET}"));
         assert_eq!(actor.env["OPENSHELL_SANDBOX_TOKEN_FILE"], TOKEN_PATH);
         assert_eq!(actor.env["OPENSHELL_BEST_EFFORT_FAILURES"], "1");
         assert_eq!(actor.env["PATH"], ROOT_PATH);

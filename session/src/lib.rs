@@ -8,7 +8,7 @@
 //! ```text
 //!  in the sandbox (memory is in the snapshot)                    beside the driver (never on the node left behind)
 //! ┌─────────────────────────────────────────┐                   ┌────────────────────────────────────────────┐
-//! │ supervisor ──HTTP/2 on loopback──▶ shim ◀┼──link over a──────┼─ hub ──HTTP/2 (TLS)──▶ gateway             │
+//! │ supervisor ──HTTP/2 on a socket─▶ shim ◀┼──link over a──────┼─ hub ──HTTP/2 (TLS)──▶ gateway             │
 //! └─────────────────────────────────────────┘  connection that  └────────────────────────────────────────────┘
 //!                                              comes and goes      answers pings, keeps the session, wakes
 //! ```

@@ -4,21 +4,22 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use substrate_session::mux::Mux;
 use substrate_session::shim::{
-    HUB_PORT, SHELL, STAND_IN, SUPERVISOR_PORT, hub_side, supervise, supervisor_side,
+    HUB_PORT, SHELL, STAND_IN, SUPERVISOR_SOCKET, hub_side, supervise, supervisor_side,
 };
 use substrate_session::wire::SessionKey;
 use tokio::io::AsyncReadExt as _;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, UnixStream};
 
-const USAGE: &str = "usage: substrate-session-shim --key FILE [--supervisor-port PORT] [--hub-port PORT] -- PROGRAM [ARGUMENT...]";
+const USAGE: &str = "usage: substrate-session-shim --key FILE [--supervisor-socket PATH] [--hub-port PORT] -- PROGRAM [ARGUMENT...]";
 
 struct Arguments {
     key: String,
-    supervisor_port: u16,
+    supervisor_socket: PathBuf,
     hub_port: u16,
     program: String,
     rest: Vec<String>,
@@ -26,21 +27,21 @@ struct Arguments {
 
 fn arguments() -> Result<Arguments, String> {
     let mut words = std::env::args().skip(1);
-    let (mut key, mut supervisor_port, mut hub_port) = (None, SUPERVISOR_PORT, HUB_PORT);
+    let (mut key, mut supervisor_socket, mut hub_port) = (None, SUPERVISOR_SOCKET.into(), HUB_PORT);
     loop {
         let word = words.next().ok_or(USAGE)?;
         let mut value = || words.next().ok_or_else(|| format!("{word} needs a value; {USAGE}"));
         let port = |text: String| text.parse().map_err(|_| format!("{text:?} is no port; {USAGE}"));
         match word.as_str() {
             "--key" => key = Some(value()?),
-            "--supervisor-port" => supervisor_port = port(value()?)?,
+            "--supervisor-socket" => supervisor_socket = value()?.into(),
             "--hub-port" => hub_port = port(value()?)?,
             "--" => break,
             other => return Err(format!("{other:?} is not known; {USAGE}")),
         }
     }
     let program = words.next().ok_or(USAGE)?;
-    Ok(Arguments { key: key.ok_or(USAGE)?, supervisor_port, hub_port, program, rest: words.collect() })
+    Ok(Arguments { key: key.ok_or(USAGE)?, supervisor_socket, hub_port, program, rest: words.collect() })
 }
 
 fn main() -> ExitCode {
@@ -64,11 +65,11 @@ fn main() -> ExitCode {
 /// What a probe of the runtime runs in the supervisor's place (`driver/src/probe.rs`): a program like it, with a
 /// connection like its own, that ends when that is lost.
 async fn stand_in() -> Result<i32, String> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, SUPERVISOR_PORT));
-    let mut stream = TcpStream::connect(address).await.map_err(|error| format!("{address}: {error}"))?;
+    let failed = |error| format!("{SUPERVISOR_SOCKET}: {error}");
+    let mut stream = UnixStream::connect(SUPERVISOR_SOCKET).await.map_err(failed)?;
     let mut bytes = [0; 64];
-    while stream.read(&mut bytes).await.map_err(|error| format!("{address}: {error}"))? > 0 {}
-    Err(format!("{address} closed the connection"))
+    while stream.read(&mut bytes).await.map_err(failed)? > 0 {}
+    Err(format!("{SUPERVISOR_SOCKET} closed the connection"))
 }
 
 fn run() -> Result<i32, String> {
@@ -86,19 +87,14 @@ fn run() -> Result<i32, String> {
         .map_err(|error| format!("cannot start the runtime: {error}"))?;
     let code = runtime.block_on(async {
         let mux = Mux::opener();
-        for (address, port) in
-            [(Ipv4Addr::LOCALHOST, arguments.supervisor_port), (Ipv4Addr::UNSPECIFIED, arguments.hub_port)]
-        {
-            let address = SocketAddr::from((address, port));
-            let listener = TcpListener::bind(address).await.map_err(|error| {
-                format!("cannot listen on {address}: {error}; is the port taken by the image?")
-            })?;
-            if port == arguments.hub_port {
-                tokio::spawn(hub_side::serve(listener, key.clone(), mux.clone(), SHELL));
-            } else {
-                tokio::spawn(supervisor_side::serve(listener, mux.clone()));
-            }
-        }
+        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, arguments.hub_port));
+        let listener = TcpListener::bind(address).await.map_err(|error| {
+            format!("cannot listen on {address}: {error}; is the port taken by the image?")
+        })?;
+        tokio::spawn(hub_side::serve(listener, key, mux.clone(), SHELL));
+        let listener = supervisor_side::bind(&arguments.supervisor_socket)
+            .map_err(|error| format!("cannot listen on {error}"))?;
+        tokio::spawn(supervisor_side::serve(listener, mux));
         supervise::run(&arguments.program, &arguments.rest).await.map_err(|error| error.to_string())
     });
     // Streams of the supervisor are over with it; nothing is worth waiting for.

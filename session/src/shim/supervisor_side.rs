@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where the supervisor's HTTP/2 ends: each of its calls becomes a stream to the hub.
 use std::convert::Infallible;
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,15 +16,33 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use substrate_proto::session::stream_frame::Frame;
-use tokio::net::TcpListener;
+use tokio::net::UnixListener;
 
 use crate::grpc;
 use crate::mux::{MAX_STREAMS, Mux, Over, Receiver, Said, Sender, code};
 
 type Answer = Response<http_body_util::combinators::UnsyncBoxBody<Bytes, Infallible>>;
 
-/// Serves loopback for ever.
-pub async fn serve(listener: TcpListener, mux: Mux) {
+/// Makes the socket and its directory, which is root's alone, and takes the place of what is left of an earlier shim.
+///
+/// # Errors
+/// The system's, with the path.
+pub fn bind(socket: &Path) -> io::Result<UnixListener> {
+    let at =
+        |path: &Path, error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    if let Some(dir) = socket.parent() {
+        std::fs::create_dir_all(dir).map_err(|error| at(dir, error))?;
+        std::fs::set_permissions(dir, Permissions::from_mode(0o700)).map_err(|error| at(dir, error))?;
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(socket, error)),
+        _ => {}
+    }
+    UnixListener::bind(socket).map_err(|error| at(socket, error))
+}
+
+/// Serves the supervisor for ever.
+pub async fn serve(listener: UnixListener, mux: Mux) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -30,9 +52,6 @@ pub async fn serve(listener: TcpListener, mux: Mux) {
                 continue;
             }
         };
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "cannot set TCP_NODELAY");
-        }
         let mux = mux.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| {

@@ -2,9 +2,16 @@
 //! Sessions from end to end, with the real hub and shim over real sockets.
 mod world;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::Ordering;
 
 use substrate_session::hub::View;
+use substrate_session::shim::supervisor_side;
+use tokio::net::UnixStream;
 use world::{Gateway, Hubbed, Sandbox, Seen, Supervisor, UID, echo, hub, until, within};
 
 struct World {
@@ -29,10 +36,31 @@ async fn ready_in(sandbox: Sandbox) -> World {
     let gateway = Gateway::start("127.0.0.1:0").await;
     let hubbed = hub(&gateway, sandbox.dir.path());
     hubbed.hub.update(UID, sandbox.wake(1));
-    let supervisor = Supervisor::connect(sandbox.supervisor_port).await;
+    let supervisor = Supervisor::connect(&sandbox.supervisor_socket).await;
     let (id, session) = supervisor.session("one").await;
     assert_eq!(id, "session-1");
     World { gateway, hubbed, sandbox, supervisor, session }
+}
+
+#[tokio::test]
+async fn the_way_to_the_gateway_is_for_root_alone_and_takes_the_place_of_what_is_left() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: not root, cannot be somebody else");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let socket = dir.path().join("session/gateway.sock");
+    drop(supervisor_side::bind(&socket).unwrap());
+    let _listener = supervisor_side::bind(&socket).unwrap();
+    UnixStream::connect(&socket).await.unwrap();
+    let nobody_sees =
+        |path: &Path| Command::new("test").arg("-e").arg(path).uid(65_534).status().unwrap().success();
+    assert!(nobody_sees(socket.parent().unwrap()));
+    assert!(!nobody_sees(&socket));
+    // Where it cannot be, it says which path is in the way.
+    let error = supervisor_side::bind(&socket.join("below")).unwrap_err().to_string();
+    assert!(error.contains("gateway.sock"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,7 +200,7 @@ async fn a_sandbox_that_was_booted_afresh_begins_anew() {
     let world = ready().await;
     world.hubbed.hub.update(UID, world.sandbox.sleep());
     let fresh = Sandbox::start().await;
-    let supervisor = Supervisor::connect(fresh.supervisor_port).await;
+    let supervisor = Supervisor::connect(&fresh.supervisor_socket).await;
     world.hubbed.hub.update(UID, fresh.wake(2));
     let (_, session) = supervisor.session("two").await;
     assert_eq!(world.gateway.seen().last(), Some(&Seen::Connected("two".to_owned())));

@@ -33,7 +33,7 @@ use substrate_session::mux::Mux;
 use substrate_session::shim::{hub_side, supervisor_side};
 use substrate_session::wire::SessionKey;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -265,7 +265,7 @@ async fn send(feed: &Feed, payload: gateway_message::Payload) {
 
 /// A sandbox: the shim, and a way in that can be cut.
 pub struct Sandbox {
-    pub supervisor_port: u16,
+    pub supervisor_socket: PathBuf,
     socket: PathBuf,
     pub dir: tempfile::TempDir,
     gate: watch::Sender<(bool, u64)>,
@@ -284,18 +284,18 @@ impl Sandbox {
     pub async fn with_shell(shell: &'static str) -> Self {
         let mux = Mux::opener();
         let of_hub = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let of_supervisor = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let supervisor_socket = dir.path().join("session/gateway.sock");
+        let of_supervisor = supervisor_side::bind(&supervisor_socket).unwrap();
         let hub_port = of_hub.local_addr().unwrap().port();
-        let supervisor_port = of_supervisor.local_addr().unwrap().port();
         let key = SessionKey::new(&SessionKey::derive(MASTER, UID));
         tokio::spawn(hub_side::serve(of_hub, key, mux.clone(), shell));
         tokio::spawn(supervisor_side::serve(of_supervisor, mux));
-        let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("ingress.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let (gate, is_open) = watch::channel((false, 0));
         let sandbox = Self {
-            supervisor_port,
+            supervisor_socket,
             socket,
             dir,
             gate,
@@ -335,7 +335,7 @@ impl Sandbox {
 }
 
 async fn pass(
-    mut router: tokio::net::UnixStream,
+    mut router: UnixStream,
     port: u16,
     mut gate: watch::Receiver<(bool, u64)>,
     (background, held): (Arc<AtomicUsize>, Arc<AtomicUsize>),
@@ -452,8 +452,8 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    pub async fn connect(port: u16) -> Self {
-        let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    pub async fn connect(socket: &std::path::Path) -> Self {
+        let stream = UnixStream::connect(socket).await.unwrap();
         let (requests, driver) =
             hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
         tokio::spawn(driver);

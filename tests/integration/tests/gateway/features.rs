@@ -226,8 +226,41 @@ async fn f5_a_sandbox_is_itself_and_reaches_nothing_it_was_not_given() -> Result
     let heard = format!("python3 -S -c '{serve}' | (read up; {})", probe("127.0.0.1", 22001));
     let seen = bed.exec("alice", &heard).await?;
     ensure!(seen == "1", "the probe finds nothing at all: {seen:?}");
+
+    // The supervisor's own way to the gateway is root's alone: through it this gateway takes everybody for a user.
+    let asks = format!("python3 -S -c '{ASKS_FOR_A_GATEWAY}' {SUPERVISOR_SOCKET}");
+    let seen = bed.exec("alice", &asks).await?;
+    ensure!(
+        seen.ends_with("PermissionError") && !seen.contains("settings"),
+        "alice reaches the gateway: {seen}"
+    );
+    let seen = bed.as_root("alice", &asks)?;
+    ensure!(seen.trim_end().ends_with("settings"), "the way of asking finds nothing: {seen}");
     bed.stop().await
 }
+
+/// Where the supervisor finds its gateway (docs/session.md).
+const SUPERVISOR_SOCKET: &str = "/run/substrate-session/gateway.sock";
+/// Whom it finds to speak HTTP/2, at each port that is listened on in the sandbox and at the Unix socket it is given.
+const ASKS_FOR_A_GATEWAY: &str = r#"
+import socket, sys
+def ask(family, address):
+    try:
+        s = socket.socket(family)
+        s.settimeout(5)
+        s.connect(address)
+        s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4" + bytes(5))
+        frame = s.recv(9)
+        return "settings" if frame[3:4] == b"\4" else "nothing"
+    except OSError as error:
+        return type(error).__name__
+rows = [row.split() for row in open("/proc/net/tcp").readlines()[1:]]
+ports = {int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A"}
+assert ports, "not even the port of the hub"
+for port in ports:
+    print(port, ask(socket.AF_INET, ("127.0.0.1", port)))
+print(ask(socket.AF_UNIX, sys.argv[1]))
+"#;
 
 /// Addresses of this machine that others could reach.
 fn own_addresses() -> Result<Vec<IpAddr>> {
