@@ -99,6 +99,17 @@ class Machine:
         finally:
             client.close()
 
+    def wait(self, name, seconds):
+        """Until it answers."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self.get(name)
+            except (RuntimeError, OSError) as error:
+                if time.monotonic() > end:
+                    raise RuntimeError(f"{name} does not answer: {error}") from error
+                time.sleep(0.5)
+
     def control_group(self, name):
         """The populated control group of an actor that runs, on a machine with this one `substrate up` alone."""
         worker = json.loads(self.cli("get", "actor", name, "-o", "json"))["worker"]
