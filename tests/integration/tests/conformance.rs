@@ -18,12 +18,12 @@ use substrate_proto::types::{self, TemplateSpec};
 /// A class under test.
 struct Class {
     name: &'static str,
-    /// Part of the command line of the process that is one sandbox.
-    sandbox: &'static str,
+    /// Part of the name of the program that is one sandbox.
+    program: &'static str,
 }
 
-const GVISOR: Class = Class { name: "gvisor", sandbox: " boot " };
-const MICROVM: Class = Class { name: "microvm", sandbox: "qemu-system-" };
+const GVISOR: Class = Class { name: "gvisor", program: "runsc-sandbox" };
+const MICROVM: Class = Class { name: "microvm", program: "qemu-system-" };
 
 impl Class {
     async fn machine(&self, workers: u32) -> Result<Machine> {
@@ -61,12 +61,19 @@ impl Class {
 
     /// Processes that are sandboxes of the machine.
     fn sandboxes(&self, machine: &Machine) -> Vec<i32> {
-        let line = |pid: &i32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let is_one = |line: Vec<u8>| {
-            let words = String::from_utf8_lossy(&line).replace('\0', " ");
-            words.contains(self.sandbox) && !words.starts_with("/proc/self/exe")
+        let is_one = |pid: &i32| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let program = line.split(|byte| *byte == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(program).contains(self.program)
         };
-        processes_naming(&machine.dir.to_string_lossy()).into_iter().filter(|pid| is_one(line(pid))).collect()
+        processes_naming(&machine.dir.to_string_lossy()).into_iter().filter(is_one).collect()
+    }
+
+    /// Those of one worker.
+    fn sandboxes_of(&self, machine: &Machine, worker: &str) -> Vec<i32> {
+        let group = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let mark = format!("/{worker}/");
+        self.sandboxes(machine).into_iter().filter(|pid| group(*pid).contains(&mark)).collect()
     }
 }
 
@@ -311,10 +318,17 @@ async fn one_life(class: &Class) -> Result<()> {
     let (mut count, nonce) = machine.count("life").await?;
     let mut seen = std::collections::BTreeSet::new();
     for round in 0..3 {
-        seen.insert(machine.get("life").await?.worker_id);
+        let worker = machine.get("life").await?.worker_id;
+        let own = class.sandboxes_of(&machine, &worker);
+        ensure!(!own.is_empty(), "no sandbox of {worker}");
         let answer = machine.suspend("life").await?;
         ensure!(answer.snapshot.is_some(), "{answer:?}");
-        ensure!(class.sandboxes(&machine).len() <= 2, "something of the actor still runs");
+        let left = class.sandboxes(&machine);
+        ensure!(
+            !own.iter().any(|pid| left.contains(pid)),
+            "something of the actor still runs: {own:?}, {left:?}"
+        );
+        seen.insert(worker);
         let (next, same) = machine.count("life").await?;
         ensure!((next, &same) == (count + 1, &nonce), "round {round}: {count} → {next}, {nonce} → {same}");
         count = next;
@@ -361,12 +375,8 @@ async fn deaths(class: &Class) -> Result<()> {
     ensure!((next, &same) == (count + 1, &nonce), "the checkpoint did not let it go on");
     // The sandbox is killed: back to the checkpoint.
     let actor = machine.get("cat").await?;
-    let mark = format!("/workers/{}/", actor.worker_id);
-    let group = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    let own = format!("/{}/", actor.worker_id);
-    let victims: Vec<i32> =
-        class.sandboxes(&machine).into_iter().filter(|pid| group(*pid).contains(&own)).collect();
-    ensure!(!victims.is_empty(), "no process of the sandbox below {mark}");
+    let victims = class.sandboxes_of(&machine, &actor.worker_id);
+    ensure!(!victims.is_empty(), "no sandbox of {}", actor.worker_id);
     for pid in victims {
         kill(Pid::from_raw(pid), Signal::SIGKILL)?;
     }
