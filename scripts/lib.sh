@@ -8,6 +8,8 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TARGET=${CARGO_TARGET_DIR:-$REPO/target}
 # Tools of this checkout; never installed outside of it.
 TOOLS=$REPO/target/tools
+# Starts a program that was built outside of this checkout with what setup installed here.
+WITH_TOOLS=(env "SUBSTRATE_RUNSC=${SUBSTRATE_RUNSC:-$TOOLS/runsc}" "SUBSTRATE_KERNEL=${SUBSTRATE_KERNEL:-$TOOLS/microvm}")
 
 # The runsc that substrate is built and measured against (docs/runsc.md). Its
 # identity is the sha256 of the binary: the Go toolchain is pinned too, because
