@@ -223,6 +223,20 @@ impl Machine {
         bail!("substrate up did not end within {PATIENCE:?} of SIGTERM")
     }
 
+    /// Directory of an actor's latest snapshot on the node. The one before it may be going away.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn latest_on_node(&self, uid: &str) -> Result<PathBuf> {
+        let of_actor = self.dir.join("node/snapshots").join(uid);
+        let entries = std::fs::read_dir(&of_actor).with_context(|| of_actor.display().to_string())?;
+        let dirs = entries.flatten().map(|entry| entry.path());
+        // Their ids sort by time; when a directory was modified also tells of its deletion.
+        dirs.filter(|dir| dir.join("record.json").exists())
+            .max()
+            .with_context(|| format!("no snapshot in {}", of_actor.display()))
+    }
+
     /// Starts it again on the same directory.
     ///
     /// # Errors
@@ -528,6 +542,30 @@ pub fn counter_template(image: String) -> types::TemplateSpec {
         idle: Some(types::IdlePolicy { suspend_after: "never".into(), ..Default::default() }),
         ..Default::default()
     }
+}
+
+/// Files below a directory, without those that go away meanwhile.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
+    fn collect(dir: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if !path.is_dir() {
+                found.push(path);
+                continue;
+            }
+            match collect(&path, found) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                collected => collected?,
+            }
+        }
+        Ok(())
+    }
+    let mut found = Vec::new();
+    collect(dir, &mut found).with_context(|| dir.display().to_string())?;
+    Ok(found)
 }
 
 /// Processes whose command line mentions a text.

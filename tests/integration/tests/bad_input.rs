@@ -3,11 +3,11 @@
 //! left behind.
 use std::io::Write as _;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use substrate_integration::{Machine, actor, binary, runsc};
+use substrate_integration::{Machine, actor, binary, files_below, runsc};
 use substrate_proto::ateapi::{self, ActorState, control_client::ControlClient};
 use substrate_proto::types::{ExecInput, ExecStart, exec_input::Input};
 use tonic::transport::Channel;
@@ -167,11 +167,14 @@ async fn damaged_snapshots_are_refused_before_the_runtime_sees_them() -> Result<
     let node = machine.dir.join("node/snapshots").join(&uid);
     // One bit of guest memory in the node's copy, which runsc itself would restore without a word: the durable copy
     // takes its place.
-    flip(&newest(&node, |path| path.ends_with("pages.img"))?)?;
+    flip(&machine.latest_on_node(&uid)?.join("files/pages.img"))?;
     ensure!(machine.count("damaged").await?.0 == 2, "the good copy was not used");
     machine.suspend("damaged").await?;
     // Now every copy: refused, named, and left where a verb leads on.
-    flip(&newest(&machine.dir.join("blobs"), |path| path.to_string_lossy().contains("pack"))?)?;
+    let packs = files_below(&machine.dir.join("blobs"))?;
+    let packs = packs.iter().filter(|path| path.to_string_lossy().contains("pack"));
+    let newest = packs.max_by_key(|path| path.metadata().and_then(|meta| meta.modified()).ok());
+    flip(newest.context("no pack")?)?;
     std::fs::remove_dir_all(&node)?;
     let error = machine.resume("damaged").await.err().context("a damaged snapshot was restored")?;
     let message = format!("{error:#}");
@@ -261,28 +264,6 @@ async fn a_suspend_that_would_eat_the_reserve_is_refused() -> Result<()> {
 #[tokio::test]
 async fn a_disk_without_a_byte_left_loses_nothing() -> Result<()> {
     suspend_on_a_full_disk(0, 0, &["full"]).await
-}
-
-fn files(dir: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            files(&path, out)?;
-        } else {
-            out.push(path);
-        }
-    }
-    Ok(())
-}
-
-/// The newest file under a directory that fits.
-fn newest(dir: &Path, fits: impl Fn(&Path) -> bool) -> Result<PathBuf> {
-    let mut all = Vec::new();
-    files(dir, &mut all)?;
-    all.into_iter()
-        .filter(|path| fits(path))
-        .max_by_key(|path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok())
-        .with_context(|| format!("nothing that fits under {}", dir.display()))
 }
 
 /// Inverts one bit in the middle of a file.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use substrate_integration::{Machine, PATIENCE, actor, workspace};
+use substrate_integration::{Machine, PATIENCE, actor, files_below, workspace};
 use substrate_proto::ateapi::{self, ActorState};
 use substrate_proto::types::Durability;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -16,14 +16,6 @@ use tokio::sync::watch;
 
 #[path = "../../../atelet/src/blob/s3_server.rs"]
 mod s3_server;
-
-fn files(dir: &Path, out: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
-        let path = entry?.path();
-        if path.is_dir() { files(&path, out)? } else { out.push(path) }
-    }
-    Ok(())
-}
 
 /// Directories of an actor's snapshots in a blob store, oldest first.
 fn snapshots(blobs: &Path, uid: &str) -> Result<Vec<PathBuf>> {
@@ -39,9 +31,7 @@ fn snapshots(blobs: &Path, uid: &str) -> Result<Vec<PathBuf>> {
 }
 
 fn pack(snapshot: &Path) -> Result<PathBuf> {
-    let mut found = Vec::new();
-    files(&snapshot.join("packs"), &mut found)?;
-    found.pop().context("no pack")
+    files_below(&snapshot.join("packs"))?.pop().context("no pack")
 }
 
 fn flipped(mut content: Vec<u8>) -> Vec<u8> {
@@ -159,11 +149,7 @@ async fn every_damage_is_refused_before_a_guest_runs_and_a_verb_leads_on() -> Re
         .api
         .pause_actor(ateapi::PauseActorRequest { actor: Some(actor("one")), ..Default::default() })
         .await?;
-    let mut found = Vec::new();
-    files(&node, &mut found)?;
-    let pages = found.into_iter().filter(|path| path.ends_with("files/pages.img"));
-    let pages = pages.max_by_key(|path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok());
-    let pages = pages.context("no copy on the node")?;
+    let pages = machine.latest_on_node(&uid)?.join("files/pages.img");
     std::fs::write(&pages, flipped(std::fs::read(&pages)?))?;
     let error = machine.resume("one").await.err().context("damaged memory was restored")?;
     ensure!(format!("{error:#}").contains("pages.img"), "{error:#}");

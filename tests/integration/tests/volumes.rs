@@ -3,11 +3,10 @@
 //! it is memory, and said.
 //!
 //! `SUBSTRATE_VOLUME_MIB` sets how much is written (scripts/nightly: 1024; here 96).
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use substrate_integration::{Machine, actor, processes_naming, workspace};
+use substrate_integration::{Machine, actor, files_below, processes_naming, workspace};
 use substrate_proto::ateapi::{self, ActorState};
 use substrate_proto::types;
 
@@ -24,23 +23,8 @@ fn shell(machine: &Machine, actor: &str, script: &str) -> Result<String> {
 
 /// Bytes on the disk of the newest node snapshot: of memory and the rest of the state, and of volumes.
 fn snapshot_bytes(machine: &Machine, uid: &str) -> Result<(u64, u64)> {
-    fn files(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
-        for entry in std::fs::read_dir(dir)? {
-            let path = entry?.path();
-            if path.is_dir() { files(&path, found)? } else { found.push(path) }
-        }
-        Ok(())
-    }
-    let of_actor = machine.dir.join("node/snapshots").join(uid);
-    let newest = std::fs::read_dir(&of_actor)?
-        .flatten()
-        .filter(|entry| entry.path().join("record.json").exists())
-        .max_by_key(|entry| entry.metadata().and_then(|meta| meta.modified()).ok())
-        .context("no node snapshot")?;
-    let mut found = Vec::new();
-    files(&newest.path(), &mut found)?;
     let (mut state, mut volumes) = (0, 0);
-    for path in found {
+    for path in files_below(&machine.latest_on_node(uid)?)? {
         use std::os::unix::fs::MetadataExt as _;
         let bytes = path.metadata()?.blocks() * 512;
         if path.components().any(|part| part.as_os_str() == "volumes") {
