@@ -202,15 +202,16 @@ impl Checker {
         let (local, owner, id, digest) =
             (snapshots.clone(), uid.to_owned(), snapshot.to_owned(), node_digest.to_owned());
         let quick = self.quick;
-        let outcome = crate::blocking(move || match local.find(&owner, &id)? {
+        let look = move || match local.find(&owner, &id)? {
             None => Ok(false),
             Some(found) => {
                 let digest = Some(digest.as_str()).filter(|digest| !digest.is_empty());
                 if quick { local.verify(&found, digest) } else { local.verify_anew(&found, digest) }
                     .map(|()| true)
             }
-        })
-        .await;
+        };
+        // One that went away while it was read is not there the second time.
+        let outcome = crate::blocking(move || look().or_else(|_: SnapshotError| look())).await;
         match outcome {
             Ok(true) => self.checked.snapshots += 1,
             // A cache may be evicted at any time.

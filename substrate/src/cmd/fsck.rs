@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use ateapi::inventory::Fate;
+use ateapi::model::State;
 use atelet::blob::Key;
 use atelet::snapshot::restore::{Durable, Wanted};
 use atelet::snapshot::{Checker, SnapshotError};
@@ -70,13 +71,15 @@ pub async fn run(options: Fsck, global: &Global) -> Result<ExitCode, Failure> {
             .collect(),
     };
     report.findings.extend(checked.findings);
-    // What was deleted or retired while this was looking is no finding.
+    // What was deleted or retired while this was looking is no finding, nor is what is being deleted.
     if !report.findings.is_empty() {
         let later = stored.inventory().await?;
         report.findings.retain(|finding| {
             inventory.snapshots().all(|(_, old)| {
                 !finding.contains(old.id.as_str())
-                    || later.snapshots().any(|(_, new)| new.id == old.id && new.manifest == old.manifest)
+                    || later.snapshots().any(|(actor, new)| {
+                        actor.state != State::Deleting && new.id == old.id && new.manifest == old.manifest
+                    })
             })
         });
     }

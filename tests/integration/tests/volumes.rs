@@ -26,7 +26,9 @@ fn snapshot_bytes(machine: &Machine, uid: &str) -> Result<(u64, u64)> {
     let (mut state, mut volumes) = (0, 0);
     for path in files_below(&machine.latest_on_node(uid)?)? {
         use std::os::unix::fs::MetadataExt as _;
-        let bytes = path.metadata()?.blocks() * 512;
+        // A note is replaced through a file beside it.
+        let Ok(meta) = path.metadata() else { continue };
+        let bytes = meta.blocks() * 512;
         if path.components().any(|part| part.as_os_str() == "volumes") {
             volumes += bytes;
         } else {
