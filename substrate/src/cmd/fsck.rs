@@ -70,19 +70,23 @@ pub async fn run(options: Fsck, global: &Global) -> Result<ExitCode, Failure> {
             .filter(|key| inventory.fate(key) == Fate::Orphan)
             .collect(),
     };
-    report.findings.extend(checked.findings);
-    // What was deleted or retired while this was looking is no finding, nor is what is being deleted.
-    if !report.findings.is_empty() {
+    let mut damages = checked.findings;
+    // What was deleted or retired while this was looking is no finding.
+    if !(report.findings.is_empty() && damages.is_empty()) {
         let later = stored.inventory().await?;
-        report.findings.retain(|finding| {
+        let remains = |finding: &str, but: Option<State>| {
             inventory.snapshots().all(|(_, old)| {
                 !finding.contains(old.id.as_str())
                     || later.snapshots().any(|(actor, new)| {
-                        actor.state != State::Deleting && new.id == old.id && new.manifest == old.manifest
+                        Some(actor.state) != but && new.id == old.id && new.manifest == old.manifest
                     })
             })
-        });
+        };
+        report.findings.retain(|contradiction| remains(contradiction, None));
+        // Files of an actor that is being deleted go away before its records do.
+        damages.retain(|damage| remains(damage, Some(State::Deleting)));
     }
+    report.findings.extend(damages);
     if global.output.is_machine() {
         print(&machine_text(&report, global.output)?)?;
     } else {
