@@ -80,6 +80,11 @@ impl Deframer {
         }
         Ok(Some(Framed { raw: self.bytes.split_to(PREFIX + length).freeze() }))
     }
+
+    /// What is left.
+    pub fn rest(self) -> Bytes {
+        self.bytes.freeze()
+    }
 }
 
 /// Headers as a head.

@@ -41,8 +41,12 @@ const OWED: usize = GRANT;
 
 /// gRPC status codes used here.
 pub mod code {
+    /// Done.
+    pub const OK: u32 = 0;
     /// The caller is gone.
     pub const CANCELLED: u32 = 1;
+    /// What was asked for makes no sense.
+    pub const INVALID_ARGUMENT: u32 = 3;
     /// What was asked for does not exist.
     pub const NOT_FOUND: u32 = 5;
     /// A limit.

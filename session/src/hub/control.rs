@@ -18,6 +18,7 @@
 //!
 //! Messages pass as the bytes they came as. Of the gateway's, heartbeats go no further while the sandbox is not
 //! connected, and a RelayOpen makes the session wake its actor and hold it until the relay's stream has come and gone.
+//! A command may find its stream there already ([`super::spare`]).
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,15 +31,17 @@ use http_body_util::BodyExt as _;
 use substrate_proto::session::Head;
 use substrate_proto::session::stream_frame::Frame;
 use substrate_proto::supervisor::{
-    GatewayMessage, RelayOpenResult, SupervisorMessage, gateway_message, relay_open, supervisor_message,
+    GatewayMessage, RelayOpen, RelayOpenResult, SupervisorMessage, gateway_message, relay_open,
+    supervisor_message,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::forward::forward;
+use super::forward::{Begun, forward};
 use super::gateway::{Gateway, chain};
+use super::spare::{self, Relay, Spare};
 use super::{Session, Shown, View, metrics, token};
 use crate::grpc::{self, Deframer, Framed};
 use crate::mux::{Opened, Receiver, Said, Sender, code};
@@ -57,10 +60,16 @@ const REOPEN: [Duration; 5] = [
 ];
 /// Statuses with which the gateway says that this session is not to be (unauthenticated, denied, unknown, invalid).
 const REFUSALS: [u32; 5] = [3, 5, 7, 12, 16];
+/// How long nothing else has to go on before a relay is made ready for the next command: not while the last one's end is
+/// on its way.
+const QUIET: Duration = Duration::from_millis(20);
 const QUEUE: usize = 64;
 /// What who asks for a command is told where none can be run.
 const NO_SHELL: &str = "no command can be run in this sandbox: its image has no /bin/bash, with which OpenShell's \
      supervisor runs every command; add bash to the image";
+
+/// What looks at an answer; for calls where nothing does.
+type Inspect = fn(Bytes) -> BoxFuture<'static, Result<(), String>>;
 
 enum Event {
     FrontSaid(u64, Framed),
@@ -68,8 +77,12 @@ enum Event {
     LegSaid(u64, Framed),
     /// With the gateway's status.
     LegEnded(u64, u32, String),
-    Claimed(String),
+    /// The supervisor opened a relay's stream.
+    RelayCame(Relay),
     RelayEnded,
+    SpareGreets(String),
+    /// Unused.
+    SpareEnded(String),
     /// The sandbox's token was renewed, there or here.
     TokenRenewed,
 }
@@ -100,6 +113,8 @@ struct Waiting {
     until: Instant,
     /// It is for the supervisor's own server of commands.
     runs_command: bool,
+    /// What a spare has to be asked for to do for it.
+    command: Option<RelayOpen>,
     /// The supervisor knows.
     is_told: bool,
 }
@@ -119,6 +134,13 @@ struct Control {
     waiting: BTreeMap<String, Waiting>,
     /// Streams of relays.
     live: usize,
+    spare: Option<Spare>,
+    /// When to ask for one.
+    spare_at: Option<Instant>,
+    /// This supervisor was asked for one in vain.
+    has_no_spares: bool,
+    /// What the last command asked for.
+    last_command: Option<RelayOpen>,
 }
 
 /// Runs a session's conversation until the actor is gone.
@@ -155,6 +177,10 @@ pub(crate) async fn run(
         reopen_at: None,
         waiting: BTreeMap::new(),
         live: 0,
+        spare: None,
+        spare_at: None,
+        has_no_spares: false,
+        last_command: None,
     };
     loop {
         control.settle();
@@ -187,7 +213,14 @@ impl Control {
     }
 
     fn next_time(&self) -> Option<Instant> {
-        self.waiting.values().map(|waiting| waiting.until).chain(self.reopen_at).min()
+        let spare = self.spare.as_ref().and_then(Spare::until);
+        self.waiting
+            .values()
+            .map(|waiting| waiting.until)
+            .chain(self.reopen_at)
+            .chain(spare)
+            .chain(self.spare_at)
+            .min()
     }
 
     /// Brings leg and relays in line with what is wanted now.
@@ -201,6 +234,11 @@ impl Control {
             }
             keep
         });
+        let generation = self.generation();
+        self.spare.take_if(|spare| !spare.is_of(generation));
+        if self.spare.take_if(|spare| spare.until().is_some_and(|until| until <= now)).is_some() {
+            self.has_no_spares = true;
+        }
         if self.is_wanted() {
             self.tell_of_relays();
             if self.leg.is_none() && self.reopen_at.is_none_or(|at| at <= now) {
@@ -215,6 +253,9 @@ impl Control {
             self.reopen_at = None;
             self.failures = 0;
             self.waiting.clear();
+        }
+        if self.spare_at.take_if(|at| *at <= now).is_some() {
+            self.ask_for_spare();
         }
         self.count_relays();
     }
@@ -231,7 +272,9 @@ impl Control {
         if !self.front.as_ref().is_some_and(|front| front.accepted) {
             return;
         }
-        let untold = self.waiting.values_mut().filter(|waiting| !waiting.is_told);
+        let spared = self.use_spare();
+        let untold = self.waiting.iter_mut().filter(|(channel, _)| Some(*channel) != spared.as_ref());
+        let untold = untold.map(|(_, waiting)| waiting).filter(|waiting| !waiting.is_told);
         let opens: Vec<Framed> = untold
             .map(|waiting| {
                 waiting.is_told = true;
@@ -240,6 +283,70 @@ impl Control {
             .collect();
         for open in opens {
             self.tell_front(&open);
+        }
+    }
+
+    /// Of the assignment of the actor, while it is awake.
+    fn generation(&self) -> Option<u64> {
+        match &*self.session.view.borrow() {
+            View::Awake(awake) => Some(awake.generation),
+            _ => None,
+        }
+    }
+
+    /// Gives the spare to the command that waits longest, or has that wait for it: its channel then.
+    fn use_spare(&mut self) -> Option<String> {
+        let spare = self.spare.as_ref()?;
+        let untold = self.waiting.iter().filter(|(_, waiting)| !waiting.is_told);
+        let fit =
+            untold.filter(|(_, waiting)| waiting.command.as_ref().is_some_and(|like| spare.is_for(like)));
+        let channel = fit.min_by_key(|(_, waiting)| waiting.asked)?.0.clone();
+        if !spare.stands() {
+            return Some(channel);
+        }
+        let spare = self.spare.take()?;
+        let known_as = spare.channel.clone();
+        if spare.use_for(channel.clone()) {
+            tracing::debug!(
+                actor = self.session.uid,
+                channel,
+                known_as,
+                "a command gets the relay in reserve"
+            );
+            self.relay_opened(&channel, "spare");
+            let result = RelayOpenResult { channel_id: channel, success: true, error: String::new() };
+            self.to_gateway(Framed::new(&SupervisorMessage {
+                payload: Some(supervisor_message::Payload::RelayOpenResult(result)),
+            }));
+        }
+        None
+    }
+
+    /// Has a relay ready for the next command, once nothing else goes on.
+    fn ask_for_spare(&mut self) {
+        let is_quiet = self.waiting.is_empty() && self.live == 0;
+        let is_there = self.front.as_ref().is_some_and(|front| front.accepted)
+            && *self.session.mux.connected().borrow()
+            && !self.session.lacks_shell.load(Ordering::Relaxed);
+        let (Some(like), Some(generation)) = (&self.last_command, self.generation()) else { return };
+        if is_quiet && is_there && self.spare.is_none() && !self.has_no_spares {
+            self.count += 1;
+            let (spare, message) = Spare::ask(self.count, like.clone(), generation);
+            self.spare = Some(spare);
+            self.tell_front(&message);
+        }
+    }
+
+    fn spare_ended(&mut self, channel: &str) {
+        if let Some(spare) = self.spare.take_if(|spare| spare.is(channel)) {
+            self.has_no_spares |= !spare.stands();
+        }
+    }
+
+    fn relay_opened(&mut self, channel: &str, from: &'static str) {
+        self.live += 1;
+        if let Some(waiting) = self.waiting.remove(channel) {
+            metrics::relay(from, Some(waiting.asked.elapsed()));
         }
     }
 
@@ -269,38 +376,70 @@ impl Control {
         match opened.head.path.as_str() {
             CONNECT_SUPERVISOR => self.front_opened(opened),
             RELAY_STREAM => {
-                self.live += 1;
-                let (claim, ended) = (self.events.clone(), self.events.clone());
-                self.carry(
-                    opened,
-                    move |channel| {
-                        // Only a hint: without it the wait ends by its limit.
-                        if claim.try_send(Event::Claimed(channel)).is_err() {
-                            tracing::debug!("too busy to note that a relay's stream has come");
-                        }
-                    },
-                    async move {
+                let events = self.events.clone();
+                self.spawn(async move {
+                    if let Some(relay) = Relay::read(opened).await {
                         // The session may be over.
-                        let _ = ended.send(Event::RelayEnded).await;
-                    },
-                );
+                        let _ = events.send(Event::RelayCame(relay)).await;
+                    }
+                });
             }
-            _ => self.carry(opened, |_| {}, std::future::ready(())),
+            _ => self.carry(opened),
         }
     }
 
-    fn carry(
-        &self,
-        opened: Opened,
-        claimed: impl FnOnce(String) + Send + 'static,
-        after: impl Future<Output = ()> + Send + 'static,
-    ) {
-        let (session, end) = (Arc::clone(&self.session), self.end.clone());
-        let claimed = (opened.head.path == RELAY_STREAM).then_some(claimed);
+    fn relay_came(&mut self, mut relay: Relay) {
+        let (session, ended) = (Arc::clone(&self.session), self.events.clone());
+        if !spare::is_spare(&relay.channel) {
+            let from = self.waiting.get(&relay.channel).map_or("awake", |waiting| waiting.from);
+            self.relay_opened(&relay.channel, from);
+            return self.spawn(async move {
+                let begun = Begun { first: relay.begin(), is_answered: false };
+                forward(relay.opened, begun, &session.gateway, None::<Inspect>).await;
+                // The session may be over.
+                let _ = ended.send(Event::RelayEnded).await;
+            });
+        }
+        let spare = self.spare.as_mut().filter(|spare| spare.is(&relay.channel));
+        // One that is not wanted any more finds its claim given up.
+        let claim = spare.and_then(Spare::came).unwrap_or_else(|| oneshot::channel().1);
+        self.spawn(async move {
+            let channel = relay.channel.clone();
+            let greets = async || {
+                // The session may be over.
+                let _ = ended.send(Event::SpareGreets(channel.clone())).await;
+            };
+            let event = match relay.stand(claim, greets).await {
+                Some(mut relay) => {
+                    relay.opened.head = session.tokens.renew(relay.opened.head);
+                    let begun = Begun { first: relay.begin(), is_answered: true };
+                    forward(relay.opened, begun, &session.gateway, None::<Inspect>).await;
+                    Event::RelayEnded
+                }
+                None => Event::SpareEnded(channel),
+            };
+            // The session may be over.
+            let _ = ended.send(event).await;
+        });
+    }
+
+    /// Runs until it or the session ends.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let end = self.end.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = end.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// Carries a call that is no part of the conversation.
+    fn carry(&self, opened: Opened) {
+        let (session, events) = (Arc::clone(&self.session), self.events.clone());
         let inspects = opened.head.path == GET_CONFIG;
         let refreshes = opened.head.path == token::REFRESH;
-        let events = self.events.clone();
-        tokio::spawn(async move {
+        self.spawn(async move {
             let inspect = (inspects || refreshes).then(|| {
                 let session = Arc::clone(&session);
                 move |answer: Bytes| {
@@ -316,15 +455,12 @@ impl Control {
                     Box::pin(told) as BoxFuture<'static, Result<(), String>>
                 }
             });
-            tokio::select! {
-                () = end.cancelled() => {}
-                () = forward(opened, &session.gateway, claimed, inspect) => {}
-            }
-            after.await;
+            forward(opened, Begun::default(), &session.gateway, inspect).await;
         });
     }
 
     fn front_opened(&mut self, opened: Opened) {
+        (self.spare, self.has_no_spares) = (None, false);
         self.count += 1;
         let number = self.count;
         let reading = read_front(number, opened.stream.receiver, self.events.clone());
@@ -359,13 +495,17 @@ impl Control {
                     self.leg_ended(status, &message);
                 }
             }
-            Event::Claimed(channel) => {
-                if let Some(waiting) = self.waiting.remove(&channel) {
-                    metrics::relay(waiting.from, Some(waiting.asked.elapsed()));
-                }
-            }
+            Event::RelayCame(relay) => self.relay_came(relay),
             Event::TokenRenewed => self.remember(),
-            Event::RelayEnded => self.live = self.live.saturating_sub(1),
+            Event::RelayEnded => {
+                self.live = self.live.saturating_sub(1);
+                self.spare_at = Some(Instant::now() + QUIET);
+            }
+            Event::SpareGreets(channel) => {
+                self.spare =
+                    self.spare.take().map(|spare| if spare.is(&channel) { spare.greets() } else { spare });
+            }
+            Event::SpareEnded(channel) => self.spare_ended(&channel),
         }
     }
 
@@ -387,6 +527,12 @@ impl Control {
                 self.accept_front();
             }
             Some(supervisor_message::Payload::RelayOpenResult(result)) => {
+                if spare::is_spare(&result.channel_id) {
+                    if !result.success {
+                        self.spare_ended(&result.channel_id);
+                    }
+                    return;
+                }
                 if !result.success {
                     self.waiting.remove(&result.channel_id);
                 }
@@ -477,7 +623,9 @@ impl Control {
                 // Without a target it is a command.
                 let runs_command = !matches!(open.target, Some(relay_open::Target::Tcp(_)));
                 let is_told = false;
-                let waiting = Waiting { open: message, asked, from, until, runs_command, is_told };
+                let command = spare::command(&message, &open);
+                self.last_command = command.clone().or(self.last_command.take());
+                let waiting = Waiting { open: message, asked, from, until, runs_command, command, is_told };
                 // The gateway repeats what waits to each new session; the supervisor hears it once.
                 self.waiting.entry(open.channel_id).or_insert(waiting);
             }

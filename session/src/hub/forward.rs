@@ -9,18 +9,26 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use substrate_proto::session::Head;
 use substrate_proto::session::stream_frame::Frame;
-use substrate_proto::supervisor::{RelayFrame, relay_frame::Payload};
 
 use super::gateway::{Gateway, Upload, chain};
 use crate::grpc::{self, Deframer, Framed};
 use crate::mux::{Opened, Receiver, Said, Sender, code};
 
-/// Carries a call to the gateway and its answer back. `claimed` is told the channel that a relay's stream names, `inspect`
-/// is shown the answer's message before it is passed on, which it is not when that fails.
+/// What has passed of a call before it is carried.
+#[derive(Default)]
+pub struct Begun {
+    /// What the gateway is to hear first.
+    pub first: Vec<Bytes>,
+    /// The supervisor has the beginning of an answer.
+    pub is_answered: bool,
+}
+
+/// Carries a call to the gateway and its answer back. `inspect` is shown the answer's message before it is passed on,
+/// which it is not when that fails.
 pub async fn forward(
     opened: Opened,
+    begun: Begun,
     gateway: &Gateway,
-    claimed: Option<impl FnOnce(String)>,
     inspect: Option<impl FnOnce(Bytes) -> BoxFuture<'static, Result<(), String>>>,
 ) {
     let Opened { head, stream } = opened;
@@ -29,11 +37,11 @@ pub async fn forward(
         Ok(call) => call,
         Err(error) => return sender.reset(code::UNAVAILABLE, error.to_string()),
     };
-    let up = carry_up(stream.receiver, upload, claimed);
+    let up = carry_up(begun.first, stream.receiver, upload);
     let down = async {
         match answer.await {
             Ok(response) => match inspect {
-                None => carry_down(response, &sender).await,
+                None => carry_down(response, &sender, begun.is_answered).await,
                 Some(inspect) => {
                     if let Err((code, reason)) = carry_inspected(response, &sender, inspect).await {
                         sender.reset(code, reason);
@@ -52,27 +60,19 @@ pub async fn forward(
 }
 
 /// Ends when the call is over.
-async fn carry_up(mut receiver: Receiver, upload: Upload, claimed: Option<impl FnOnce(String)>) {
-    let mut claim = claimed.map(|claimed| (claimed, Deframer::default()));
+async fn carry_up(first: Vec<Bytes>, mut receiver: Receiver, upload: Upload) {
     let mut upload = Some(upload);
-    while let Some(said) = receiver.next().await {
+    let mut first = first.into_iter().map(Said::Data);
+    loop {
+        let said = match first.next() {
+            Some(said) => said,
+            None => match receiver.next().await {
+                Some(said) => said,
+                None => return,
+            },
+        };
         match said {
             Said::Data(data) => {
-                if let Some((claimed, mut deframer)) = claim.take() {
-                    deframer.push(&data);
-                    match deframer.take() {
-                        Ok(None) => claim = Some((claimed, deframer)),
-                        Ok(Some(framed)) => {
-                            let first = framed.read::<RelayFrame>().and_then(|frame| frame.payload);
-                            if let Some(Payload::Init(init)) = first {
-                                claimed(init.channel_id);
-                            } else {
-                                tracing::debug!("a relay's stream does not begin with its channel");
-                            }
-                        }
-                        Err(error) => tracing::debug!(%error, "a relay's stream begins oddly"),
-                    }
-                }
                 if let Some(open) = &upload
                     && open.send(Ok(BodyFrame::data(data))).await.is_err()
                 {
@@ -129,7 +129,7 @@ async fn carry_inspected(
     Ok(())
 }
 
-async fn carry_down(response: http::Response<Incoming>, sender: &Sender) {
+async fn carry_down(response: http::Response<Incoming>, sender: &Sender, is_answered: bool) {
     let (parts, mut body) = response.into_parts();
     let head = grpc::head("", &parts.headers);
     if parts.status != http::StatusCode::OK {
@@ -139,7 +139,7 @@ async fn carry_down(response: http::Response<Incoming>, sender: &Sender) {
     if parts.headers.contains_key("grpc-status") {
         return last(sender, head);
     }
-    if sender.say(Frame::Headers(head)).is_err() {
+    if !is_answered && sender.say(Frame::Headers(head)).is_err() {
         return;
     }
     while let Some(frame) = body.frame().await {

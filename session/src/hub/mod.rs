@@ -12,6 +12,7 @@
 //!   suspended as idle under it,
 //! * [`control`] owns the conversation with the gateway that makes the sandbox Ready,
 //! * [`token`] renews the sandbox's token when nobody in it does,
+//! * [`spare`] keeps a relay ready for the next command,
 //! * every other call of the supervisor is carried through by [`forward`].
 pub mod control;
 pub mod dial;
@@ -19,6 +20,7 @@ pub mod forward;
 pub mod gateway;
 pub mod memory;
 mod metrics;
+pub mod spare;
 pub mod token;
 
 use std::collections::HashMap;

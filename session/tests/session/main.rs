@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use substrate_session::hub::View;
 use substrate_session::shim::supervisor_side;
 use tokio::net::UnixStream;
-use world::{Gateway, Hubbed, Sandbox, Seen, Supervisor, UID, echo, hub, until, within};
+use world::{Gateway, Hubbed, Sandbox, Seen, Spares, Supervisor, UID, echo, hub, is_spare, until, within};
 
 struct World {
     gateway: Gateway,
@@ -108,6 +108,95 @@ async fn only_relays_wake_and_hold() {
     world.hubbed.hub.update(UID, world.sandbox.wake(2));
     assert_eq!(world.supervisor.ask("after".into()).await.1, 0);
     assert_eq!(world.hubbed.wakes.load(Ordering::SeqCst), 0);
+}
+
+/// Runs a command; the hub asks for a relay in reserve after it.
+async fn a_command(world: &World, channel: &str) {
+    let before = world.supervisor.spares();
+    echo(&mut world.gateway.relay(channel).await, b"x").await;
+    until("a relay in reserve", || world.supervisor.spares() > before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_command_gets_the_relay_in_reserve() {
+    let world = ready().await;
+    assert_eq!(world.supervisor.spares(), 0, "nobody runs commands yet");
+    a_command(&world, "first").await;
+    for round in 0..20 {
+        let mut relay = world.gateway.relay(&format!("command {round}")).await;
+        // It may be on its way still; a second command does not wait for it.
+        let mut other = world.gateway.relay(&format!("beside {round}")).await;
+        for bytes in [&b"hello"[..], &vec![7; 10_000]] {
+            echo(&mut relay, bytes).await;
+            echo(&mut other, bytes).await;
+        }
+        until("the hold", || world.sandbox.held.load(Ordering::SeqCst) == 1).await;
+        drop((relay, other));
+        until("another in reserve", || world.supervisor.spares() == round + 2).await;
+    }
+    let asked_for = world.supervisor.asked_for();
+    assert!(!asked_for.iter().any(|channel| channel.starts_with("command")), "{asked_for:?}");
+    // It is no way to a port.
+    echo(&mut world.gateway.forward("a forward").await, b"x").await;
+    assert_eq!(world.supervisor.asked_for().last().unwrap(), "a forward");
+    assert_eq!(world.gateway.seen(), [Seen::Connected("one".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_in_reserve_keeps_nobody_awake_and_does_not_outlive_a_sleep() {
+    let world = ready().await;
+    a_command(&world, "first").await;
+    until("the release", || world.sandbox.held.load(Ordering::SeqCst) == 0).await;
+    world.hubbed.hub.update(UID, world.sandbox.sleep());
+    world.gateway.heartbeat().await;
+    assert!(world.supervisor.ended().iter().all(|(channel, ..)| !is_spare(channel)), "it sleeps");
+    world.hubbed.hub.update(UID, world.sandbox.wake(2));
+    until("its end", || world.supervisor.ended().iter().any(|(channel, ..)| is_spare(channel))).await;
+    let (_, said, status) =
+        world.supervisor.ended().into_iter().find(|(channel, ..)| is_spare(channel)).unwrap();
+    // Otherwise the server of commands has an attack in its log.
+    assert_eq!((said.as_slice(), status), (&b"SSH-2.0-substrate\r\n"[..], 0));
+    assert_eq!(world.hubbed.wakes.load(Ordering::SeqCst), 0);
+    assert_eq!(world.sandbox.held.load(Ordering::SeqCst), 0);
+    a_command(&world, "second").await;
+    assert!(world.supervisor.asked_for().contains(&"second".to_owned()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_does_without_a_relay_in_reserve_that_does_not_come_or_ends() {
+    let mut world = ready().await;
+    let vain = [
+        (Spares::Ignores, "ignored"),
+        (Spares::Refuses, "refused"),
+        (Spares::Silent, "silent"),
+        (Spares::Ends, "ended"),
+    ];
+    for (does, what) in vain {
+        world.supervisor.with_spares(does);
+        a_command(&world, &format!("{what} after")).await;
+        let spares = world.supervisor.spares();
+        for next in ["next", "then"] {
+            let next = format!("{what} {next}");
+            echo(&mut world.gateway.relay(&next).await, b"x").await;
+            assert!(world.supervisor.asked_for().contains(&next));
+        }
+        // A supervisor that has none to give is not asked again.
+        assert_eq!(world.supervisor.spares(), spares);
+        world.session.abort();
+        world.session = world.supervisor.session("one").await.1;
+    }
+    // Nor one of a supervisor that began again.
+    world.supervisor.with_spares(Spares::Opens);
+    a_command(&world, "with another").await;
+    world.session.abort();
+    let (_, _session) = world.supervisor.session("one").await;
+    echo(&mut world.gateway.relay("anew").await, b"x").await;
+    assert!(world.supervisor.asked_for().contains(&"anew".to_owned()));
+    assert_eq!(
+        world.gateway.seen(),
+        [Seen::Connected("one".to_owned())],
+        "the gateway hears nothing of them"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

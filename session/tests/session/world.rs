@@ -23,8 +23,9 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use prost::Message as _;
 use substrate_proto::atenet::{IngressOpen, IngressOpened, ingress_opened::Code};
 use substrate_proto::supervisor::{
-    GatewayHeartbeat, GatewayMessage, RelayFrame, RelayInit, RelayOpen, SessionAccepted, SupervisorHello,
-    SupervisorMessage, TcpRelayTarget, gateway_message, relay_frame, relay_open, supervisor_message,
+    GatewayHeartbeat, GatewayMessage, RelayFrame, RelayInit, RelayOpen, RelayOpenResult, SessionAccepted,
+    SupervisorHello, SupervisorMessage, TcpRelayTarget, gateway_message, relay_frame, relay_open,
+    supervisor_message,
 };
 use substrate_session::grpc::{self, Deframer, Framed};
 use substrate_session::hub::gateway::Carrier;
@@ -83,6 +84,8 @@ struct Inner {
 pub struct Deframed {
     body: Incoming,
     deframer: Deframer,
+    /// What the stream ended with.
+    status: Option<u32>,
 }
 
 impl Deframed {
@@ -92,8 +95,12 @@ impl Deframed {
                 return Some(framed);
             }
             let frame = self.body.frame().await?.ok()?;
-            if let Ok(data) = frame.into_data() {
-                self.deframer.push(&data);
+            match frame.into_data() {
+                Ok(data) => self.deframer.push(&data),
+                Err(frame) => {
+                    let trailers = frame.into_trailers().unwrap_or_default();
+                    self.status = grpc::status_of(&trailers).map(|(code, _)| code);
+                }
             }
         }
     }
@@ -153,7 +160,7 @@ impl Gateway {
     async fn call(&self, request: Request<Incoming>) -> Response<Body> {
         let (parts, body) = request.into_parts();
         let (feed, answer) = mpsc::channel(16);
-        let mut requests = Deframed { body, deframer: Deframer::default() };
+        let mut requests = Deframed { body, deframer: Deframer::default(), status: None };
         match parts.uri.path() {
             "/openshell.v1.OpenShell/ConnectSupervisor" => {
                 assert_eq!(parts.headers["authorization"], "Bearer token");
@@ -211,7 +218,9 @@ impl Gateway {
         tokio::spawn(async move {
             while let Some(said) = requests.next().await {
                 let said = said.read::<SupervisorMessage>().and_then(|said| said.payload);
-                if let Some(supervisor_message::Payload::RelayOpenResult(result)) = said {
+                if let Some(supervisor_message::Payload::RelayOpenResult(result)) = said
+                    && !result.success
+                {
                     let mut inner = gateway.inner.lock().unwrap();
                     inner.seen.push(Seen::Refused(result.channel_id, result.error));
                 }
@@ -226,7 +235,10 @@ impl Gateway {
 
     /// Asks for a relay for a command and waits for its stream.
     pub async fn relay(&self, channel: &str) -> (Deframed, Feed) {
-        self.relay_to(channel, None).await
+        let mut relay = self.relay_to(channel, None).await;
+        let greeting = within("the greeting", relay.0.next()).await.expect("a server of commands greets");
+        assert_eq!(greeting.raw, data(GREETING));
+        relay
     }
 
     /// Asks for a relay to a port and waits for its stream.
@@ -447,8 +459,32 @@ pub fn hub(gateway: &Gateway, memory: &std::path::Path) -> Hubbed {
 }
 
 /// A supervisor: opens a session and answers each RelayOpen with a stream that echoes.
+#[derive(Clone)]
 pub struct Supervisor {
     requests: hyper::client::conn::http2::SendRequest<Body>,
+    told: Arc<Mutex<Told>>,
+}
+
+/// What a supervisor was told of relays.
+#[derive(Default)]
+struct Told {
+    opened: Vec<String>,
+    /// Channel, last words and status.
+    ended: Vec<(String, Vec<u8>, u32)>,
+    with_spares: Spares,
+}
+
+/// What a supervisor does where it is asked for a relay in reserve.
+#[derive(Default, Clone, Copy)]
+pub enum Spares {
+    #[default]
+    Opens,
+    Ignores,
+    Refuses,
+    /// Opens one whose server says nothing.
+    Silent,
+    /// Opens one and ends it.
+    Ends,
 }
 
 impl Supervisor {
@@ -457,7 +493,26 @@ impl Supervisor {
         let (requests, driver) =
             hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
         tokio::spawn(driver);
-        Self { requests }
+        Self { requests, told: Arc::default() }
+    }
+
+    /// The channels of the relays that it was asked for.
+    pub fn asked_for(&self) -> Vec<String> {
+        self.told.lock().unwrap().opened.clone()
+    }
+
+    /// How many of them were relays in reserve.
+    pub fn spares(&self) -> usize {
+        self.asked_for().iter().filter(|channel| is_spare(channel)).count()
+    }
+
+    /// Relays whose streams were ended: channel, last words and status.
+    pub fn ended(&self) -> Vec<(String, Vec<u8>, u32)> {
+        self.told.lock().unwrap().ended.clone()
+    }
+
+    pub fn with_spares(&self, does: Spares) {
+        self.told.lock().unwrap().with_spares = does;
     }
 
     pub fn call(&self, method: &str) -> (Feed, impl Future<Output = Response<Incoming>> + use<>) {
@@ -475,8 +530,7 @@ impl Supervisor {
     /// Sends one message and waits for the answer and its status.
     pub async fn ask(&self, message: Bytes) -> (Option<Bytes>, u32) {
         let (feed, answer) = self.call("GetSandboxConfig");
-        let frame = RelayFrame { payload: Some(relay_frame::Payload::Data(message.to_vec())) };
-        feed.send(Ok(BodyFrame::data(Framed::new(&frame).raw))).await.unwrap();
+        feed.send(Ok(BodyFrame::data(data(&message)))).await.unwrap();
         drop(feed);
         let response = within("an answer", answer).await;
         if let Some((code, _)) = grpc::status_of(response.headers()) {
@@ -502,15 +556,13 @@ impl Supervisor {
             }
         })
         .await;
-        let supervisor = Self { requests: self.requests.clone() };
+        let supervisor = self.clone();
         let running = tokio::spawn(async move {
-            // Kept, as a supervisor keeps it.
-            let _feed = feed;
             while let Some(message) = messages.next().await {
                 if let Some(gateway_message::Payload::RelayOpen(open)) =
                     message.read::<GatewayMessage>().and_then(|message| message.payload)
                 {
-                    tokio::spawn(supervisor.echo(open.channel_id));
+                    supervisor.open(open, &feed).await;
                 }
             }
             0
@@ -524,7 +576,8 @@ impl Supervisor {
         let hello = SupervisorHello { sandbox_id: "sb-1".to_owned(), instance_id: instance.to_owned() };
         let hello = SupervisorMessage { payload: Some(supervisor_message::Payload::Hello(hello)) };
         feed.send(Ok(BodyFrame::data(Framed::new(&hello).raw))).await.unwrap();
-        let mut messages = Deframed { body: answer.await.into_body(), deframer: Deframer::default() };
+        let mut messages =
+            Deframed { body: answer.await.into_body(), deframer: Deframer::default(), status: None };
         let first = messages.next().await?.read::<GatewayMessage>().unwrap();
         let Some(gateway_message::Payload::SessionAccepted(accepted)) = first.payload else {
             panic!("the first message is the acceptance");
@@ -532,20 +585,62 @@ impl Supervisor {
         Some((accepted.session_id, feed, messages))
     }
 
-    fn echo(&self, channel_id: String) -> impl Future<Output = ()> + use<> {
-        let supervisor = Self { requests: self.requests.clone() };
-        async move {
-            let (feed, answer) = supervisor.call("RelayStream");
-            let init = RelayFrame { payload: Some(relay_frame::Payload::Init(RelayInit { channel_id })) };
-            feed.send(Ok(BodyFrame::data(Framed::new(&init).raw))).await.unwrap();
-            let mut messages = Deframed { body: answer.await.into_body(), deframer: Deframer::default() };
-            while let Some(message) = messages.next().await {
-                if feed.send(Ok(BodyFrame::data(message.raw))).await.is_err() {
-                    return;
-                }
-            }
+    async fn open(&self, open: RelayOpen, session: &Feed) {
+        let RelayOpen { channel_id, target, .. } = open;
+        let runs_command = !matches!(target, Some(relay_open::Target::Tcp(_)));
+        let does = {
+            let mut told = self.told.lock().unwrap();
+            told.opened.push(channel_id.clone());
+            if is_spare(&channel_id) { told.with_spares } else { Spares::Opens }
+        };
+        let result = RelayOpenResult {
+            channel_id: channel_id.clone(),
+            success: !matches!(does, Spares::Refuses),
+            error: String::new(),
+        };
+        let result =
+            SupervisorMessage { payload: Some(supervisor_message::Payload::RelayOpenResult(result)) };
+        session.send(Ok(BodyFrame::data(Framed::new(&result).raw))).await.unwrap();
+        if !matches!(does, Spares::Ignores | Spares::Refuses) {
+            tokio::spawn(self.clone().echo(channel_id, does, runs_command));
         }
     }
+
+    async fn echo(self, channel_id: String, does: Spares, greets: bool) {
+        let (feed, answer) = self.call("RelayStream");
+        let init = RelayInit { channel_id: channel_id.clone() };
+        let init = RelayFrame { payload: Some(relay_frame::Payload::Init(init)) };
+        feed.send(Ok(BodyFrame::data(Framed::new(&init).raw))).await.unwrap();
+        let mut messages =
+            Deframed { body: answer.await.into_body(), deframer: Deframer::default(), status: None };
+        match does {
+            Spares::Ends => return,
+            Spares::Opens if greets => feed.send(Ok(BodyFrame::data(data(GREETING)))).await.unwrap(),
+            _ => {}
+        }
+        let mut last = Vec::new();
+        while let Some(message) = messages.next().await {
+            last = data_of(message.read().unwrap());
+            if feed.send(Ok(BodyFrame::data(message.raw))).await.is_err() {
+                break;
+            }
+        }
+        if let Some(status) = messages.status {
+            self.told.lock().unwrap().ended.push((channel_id, last, status));
+        }
+    }
+}
+
+/// What a server of commands says first.
+const GREETING: &[u8] = b"SSH-2.0-test\r\n";
+
+fn data(bytes: &[u8]) -> Bytes {
+    Framed::new(&RelayFrame { payload: Some(relay_frame::Payload::Data(bytes.to_vec())) }).raw
+}
+
+/// Whether a relay's channel is one of the hub's own.
+pub fn is_spare(channel: &str) -> bool {
+    channel.starts_with("substrate-spare-")
 }
 
 pub fn data_of(frame: RelayFrame) -> Vec<u8> {
@@ -557,8 +652,7 @@ pub fn data_of(frame: RelayFrame) -> Vec<u8> {
 
 /// Sends bytes over a relay and sees them come back.
 pub async fn echo(relay: &mut (Deframed, Feed), bytes: &[u8]) {
-    let frame = RelayFrame { payload: Some(relay_frame::Payload::Data(bytes.to_vec())) };
-    relay.1.send(Ok(BodyFrame::data(Framed::new(&frame).raw))).await.unwrap();
+    relay.1.send(Ok(BodyFrame::data(data(bytes)))).await.unwrap();
     let back = within("the echo", relay.0.next()).await.expect("the relay goes on");
     assert_eq!(data_of(back.read::<RelayFrame>().unwrap()), bytes);
 }
