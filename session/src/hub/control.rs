@@ -460,7 +460,7 @@ impl Control {
     }
 
     fn front_opened(&mut self, opened: Opened) {
-        (self.spare, self.has_no_spares) = (None, false);
+        (self.spare, self.spare_at, self.has_no_spares) = (None, None, false);
         self.count += 1;
         let number = self.count;
         let reading = read_front(number, opened.stream.receiver, self.events.clone());
