@@ -63,6 +63,8 @@ const REFUSALS: [u32; 5] = [3, 5, 7, 12, 16];
 /// How long nothing else has to go on before a relay is made ready for the next command: not while the last one's end is
 /// on its way.
 const QUIET: Duration = Duration::from_millis(20);
+/// How long a supervisor that gave none when it was asked is not asked again: a command may have waited for it.
+const NO_SPARE: Duration = Duration::from_mins(10);
 const QUEUE: usize = 64;
 /// What who asks for a command is told where none can be run.
 const NO_SHELL: &str = "no command can be run in this sandbox: its image has no /bin/bash, with which OpenShell's \
@@ -137,8 +139,8 @@ struct Control {
     spare: Option<Spare>,
     /// When to ask for one.
     spare_at: Option<Instant>,
-    /// This supervisor was asked for one in vain.
-    has_no_spares: bool,
+    /// This supervisor was asked for one in vain; when to try again.
+    no_spare_before: Option<Instant>,
     /// What the last command asked for.
     last_command: Option<RelayOpen>,
 }
@@ -179,7 +181,7 @@ pub(crate) async fn run(
         live: 0,
         spare: None,
         spare_at: None,
-        has_no_spares: false,
+        no_spare_before: None,
         last_command: None,
     };
     loop {
@@ -237,7 +239,7 @@ impl Control {
         let generation = self.generation();
         self.spare.take_if(|spare| !spare.is_of(generation));
         if self.spare.take_if(|spare| spare.until().is_some_and(|until| until <= now)).is_some() {
-            self.has_no_spares = true;
+            self.no_spare_before = Some(now + NO_SPARE);
         }
         if self.is_wanted() {
             self.tell_of_relays();
@@ -329,7 +331,8 @@ impl Control {
             && *self.session.mux.connected().borrow()
             && !self.session.lacks_shell.load(Ordering::Relaxed);
         let (Some(like), Some(generation)) = (&self.last_command, self.generation()) else { return };
-        if is_quiet && is_there && self.spare.is_none() && !self.has_no_spares {
+        let may_come = self.no_spare_before.is_none_or(|time| time <= Instant::now());
+        if is_quiet && is_there && may_come && self.spare.is_none() {
             self.count += 1;
             let (spare, message) = Spare::ask(self.count, like.clone(), generation);
             self.spare = Some(spare);
@@ -338,8 +341,10 @@ impl Control {
     }
 
     fn spare_ended(&mut self, channel: &str) {
-        if let Some(spare) = self.spare.take_if(|spare| spare.is(channel)) {
-            self.has_no_spares |= !spare.stands();
+        if let Some(spare) = self.spare.take_if(|spare| spare.is(channel))
+            && !spare.stands()
+        {
+            self.no_spare_before = Some(Instant::now() + NO_SPARE);
         }
     }
 
@@ -460,7 +465,7 @@ impl Control {
     }
 
     fn front_opened(&mut self, opened: Opened) {
-        (self.spare, self.spare_at, self.has_no_spares) = (None, None, false);
+        (self.spare, self.spare_at, self.no_spare_before) = (None, None, None);
         self.count += 1;
         let number = self.count;
         let reading = read_front(number, opened.stream.receiver, self.events.clone());

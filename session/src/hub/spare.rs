@@ -10,7 +10,7 @@
 //!   ▲                          │                             │
 //!   │                          └─ asleep, elsewhere, ────────┤
 //!   ├───── another supervisor ────────────────────────────── ┴─ unused for long
-//!   └─ refused, silent, late: not again with this supervisor
+//!   └─ refused, silent, late: not again for a while
 //! ```
 //!
 //! It is no relay while nobody has it: it wakes nothing, holds nothing, and the gateway does not know of it.
