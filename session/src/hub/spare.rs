@@ -8,9 +8,9 @@
 //! ```text
 //!  none ──a command ended──▶ asked ──the server greets──▶ standing ──a command──▶ a relay as any other
 //!   ▲                          │                             │
-//!   │                          └─ asleep, elsewhere, ────────┤
-//!   ├───── another supervisor ────────────────────────────── ┴─ unused for long
-//!   └─ refused, silent, late: not again for a while
+//!   │                          └───┬─────────────────────────┘
+//!   ├──── asleep, elsewhere, another supervisor; unused for long
+//!   └──── refused, silent, late: not again for a while
 //! ```
 //!
 //! It is no relay while nobody has it: it wakes nothing, holds nothing, and the gateway does not know of it.
