@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use substrate_session::hub::View;
 use substrate_session::shim::supervisor_side;
@@ -120,6 +121,9 @@ async fn a_command(world: &World, channel: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_next_command_gets_the_relay_in_reserve() {
     let world = ready().await;
+    echo(&mut world.gateway.forward("no command").await, b"x").await;
+    until("the release", || world.sandbox.held.load(Ordering::SeqCst) == 0).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(world.supervisor.spares(), 0, "nobody runs commands yet");
     a_command(&world, "first").await;
     for round in 0..20 {
