@@ -26,8 +26,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use http_body::Frame as BodyFrame;
-use http_body_util::BodyExt as _;
 use substrate_proto::session::Head;
 use substrate_proto::session::stream_frame::Frame;
 use substrate_proto::supervisor::{
@@ -40,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::forward::{Begun, forward};
-use super::gateway::{Gateway, chain};
+use super::leg::leg;
 use super::spare::{self, Relay, Spare};
 use super::{Session, Shown, View, metrics, token};
 use crate::grpc::{self, Deframer, Framed};
@@ -73,7 +71,7 @@ const NO_SHELL: &str = "no command can be run in this sandbox: its image has no 
 /// What looks at an answer; for calls where nothing does.
 type Inspect = fn(Bytes) -> BoxFuture<'static, Result<(), String>>;
 
-enum Event {
+pub(super) enum Event {
     FrontSaid(u64, Framed),
     FrontEnded(u64),
     LegSaid(u64, Framed),
@@ -735,80 +733,4 @@ async fn read_front(number: u64, mut receiver: Receiver, events: mpsc::Sender<Ev
     }
     // The session may be over.
     let _ = events.send(Event::FrontEnded(number)).await;
-}
-
-async fn leg(
-    number: u64,
-    session: Arc<Session>,
-    head: Head,
-    hello: Framed,
-    from_front: mpsc::Receiver<Framed>,
-    events: mpsc::Sender<Event>,
-) {
-    let (status, message) = converse(number, &session.gateway, &head, hello, from_front, &events).await;
-    // The session may be over.
-    let _ = events.send(Event::LegEnded(number, status, message)).await;
-}
-
-/// Opens the stream at the gateway and reads it to its end; the status it ended with.
-async fn converse(
-    number: u64,
-    gateway: &Gateway,
-    head: &Head,
-    hello: Framed,
-    mut from_front: mpsc::Receiver<Framed>,
-    events: &mpsc::Sender<Event>,
-) -> (u32, String) {
-    let unavailable = |message: String| (code::UNAVAILABLE, message);
-    let (upload, answer) = match gateway.call(head).await {
-        Ok(call) => call,
-        Err(error) => return unavailable(error.to_string()),
-    };
-    if upload.send(Ok(BodyFrame::data(hello.raw))).await.is_err() {
-        return unavailable("the gateway closed the call before the greeting".to_owned());
-    }
-    let response = match answer.await {
-        Ok(response) => response,
-        Err(error) => return unavailable(error.to_string()),
-    };
-    if let Some(status) = grpc::status_of(response.headers()) {
-        return status;
-    }
-    if response.status() != http::StatusCode::OK {
-        return unavailable(format!("the gateway answered {}", response.status()));
-    }
-    let mut body = response.into_body();
-    let mut deframer = Deframer::default();
-    loop {
-        tokio::select! {
-            message = from_front.recv() => match message {
-                Some(message) => if upload.send(Ok(BodyFrame::data(message.raw))).await.is_err() {
-                    return unavailable("the gateway reads no more".to_owned());
-                },
-                None => return unavailable("given up".to_owned()),
-            },
-            frame = body.frame() => match frame {
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => {
-                        deframer.push(&data);
-                        loop {
-                            match deframer.take() {
-                                Ok(Some(message)) => if events.send(Event::LegSaid(number, message)).await.is_err() {
-                                    return unavailable("given up".to_owned());
-                                },
-                                Ok(None) => break,
-                                Err(error) => return unavailable(error.to_string()),
-                            }
-                        }
-                    }
-                    Err(frame) => {
-                        let trailers = frame.into_trailers().unwrap_or_default();
-                        return grpc::status_of(&trailers).unwrap_or((0, "it ended".to_owned()));
-                    }
-                },
-                Some(Err(error)) => return unavailable(chain(&error)),
-                None => return unavailable("it ended".to_owned()),
-            },
-        }
-    }
 }

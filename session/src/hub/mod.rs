@@ -18,6 +18,7 @@ pub mod control;
 pub mod dial;
 pub mod forward;
 pub mod gateway;
+mod leg;
 pub mod memory;
 mod metrics;
 pub mod spare;
